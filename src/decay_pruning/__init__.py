@@ -1,0 +1,66 @@
+"""Structured pruning without the accuracy cliff: the Decay Pruning Method (Yang et al., arXiv 2406.03879).
+
+    pruner = Pruner(model, example_inputs, optimizer, Target(macs=0.5), total_steps=len(loader) * epochs)
+    ...  # your training loop, unchanged
+    report = pruner.finish()
+"""
+
+from decay_pruning import schedules
+from decay_pruning.budget import Cost, Target, latency, measure
+from decay_pruning.decay import SmoothPruning
+from decay_pruning.engine import Event
+from decay_pruning.errors import (
+    BudgetError,
+    ConfigError,
+    DataError,
+    DecayPruningError,
+    GraphError,
+    ManifestError,
+    SurgeryError,
+)
+from decay_pruning.hosts import Custom, DepGraph, Goal, Host, Picker, Scene, SparseLearning, choose
+from decay_pruning.manifest import load, save
+from decay_pruning.plan import Plan, inspect
+from decay_pruning.pruner import Progress, Pruner, PruningReport
+from decay_pruning.rectify import SelfRectifying
+from decay_pruning.structures import Coupling, LayerGroup, Picks, Role, StructureSet
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BudgetError",
+    "ConfigError",
+    "Cost",
+    "Coupling",
+    "Custom",
+    "DataError",
+    "DecayPruningError",
+    "DepGraph",
+    "Event",
+    "Goal",
+    "GraphError",
+    "Host",
+    "LayerGroup",
+    "ManifestError",
+    "Picker",
+    "Picks",
+    "Plan",
+    "Progress",
+    "Pruner",
+    "PruningReport",
+    "Role",
+    "Scene",
+    "SelfRectifying",
+    "SmoothPruning",
+    "SparseLearning",
+    "StructureSet",
+    "SurgeryError",
+    "Target",
+    "choose",
+    "inspect",
+    "latency",
+    "load",
+    "measure",
+    "save",
+    "schedules",
+]

@@ -1,0 +1,107 @@
+"""What a host is: the pruning method that picks.
+
+A host never fades and never removes anything. It is asked for picks when it is time, may add something to the gradients
+of every step, and sees the network through a `Scene`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from decay_pruning.budget import Cost, CostModel
+from decay_pruning.graph import Graph
+from decay_pruning.structures import Picks, StructureSet
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a pick has to reach.
+
+    Attributes:
+        of: "macs", "params" or "structures".
+        at_most: how much of it may be left, in absolute figures.
+    """
+
+    of: str
+    at_most: float
+
+    def met(self, cost: Cost) -> bool:
+        """Whether a model of this cost is small enough."""
+        return float(getattr(cost, self.of)) <= self.at_most
+
+
+@dataclass
+class Scene:
+    """The network as a host sees it.
+
+    Attributes:
+        model: the user's model, unwrapped.
+        optimizer: the optimizer that trains it.
+        graph: scores structures with torch-pruning's importance functions.
+        structures: what is there now, in current positions.
+        parameters: by name.
+        costs: predicts what is left after a removal.
+        step: optimizer steps done since the pruner was attached.
+        start: step at which the first structures are picked.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    graph: Graph
+    structures: StructureSet
+    parameters: Mapping[str, Tensor]
+    costs: CostModel
+    step: int
+    start: int
+    find_eligible: Callable[[], Mapping[str, Tensor]]
+
+    def eligible(self) -> Mapping[str, Tensor]:
+        """Which structures can be picked now: layer group → bool, parallel to its `ids`.
+
+        What decays, is held, or cools down after a release is not.
+        """
+        return self.find_eligible()
+
+
+class Picker:
+    """A host at work on one network: it picks, and may add to gradients. Subclasses keep their state here."""
+
+    def add_gradients(self, scene: Scene, scale: Tensor | None) -> None:
+        """Add to `.grad` before each step (sparse learning). Gradients are `scale` times too large under a scaler."""
+
+    def check(self, scene: Scene, goal: Goal) -> None:
+        """Raise `BudgetError` where the goal is out of reach, before any training."""
+
+    def pick(self, scene: Scene, goal: Goal) -> Picks:
+        """Structures to prune so that the goal is met, all of them eligible."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has to be saved to go on bit for bit."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`."""
+
+
+class Host(Protocol):
+    """The settings of a pruning method, and how it is set to work."""
+
+    @property
+    def rounds(self) -> int:
+        """In how many rounds the target is approached."""
+
+    @property
+    def interval(self) -> int:
+        """Optimizer steps between the end of one round's decay and the next pick."""
+
+    def graph(self, model: nn.Module, example_inputs: object) -> Graph:
+        """Find the structures of a model."""
+
+    def begin(self) -> Picker:
+        """Set to work on a network."""

@@ -1,0 +1,191 @@
+"""DepGraph (Fang et al., CVPR 2023): rank structures of the dependency graph by group importance, prune the lowest.
+
+Importance functions come from torch-pruning. Sparse learning, its optional preparation, adds a group regulariser to the
+gradients before the first pick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from decay_pruning.errors import ConfigError
+from decay_pruning.graph import Graph
+from decay_pruning.hosts.base import Goal, Picker, Scene
+from decay_pruning.hosts.ranking import Scope, choose
+from decay_pruning.structures import Picks, Role, StructureSet
+
+Importance = Callable[[Any], Tensor | None]
+ImportanceName = Literal["magnitude", "magnitude-l1", "taylor", "fpgm", "lamp", "random", "bn-scale"]
+
+IMPORTANCES: dict[str, Callable[[], Importance]] = {
+    "magnitude": lambda: tp.importance.GroupMagnitudeImportance(p=2),
+    "magnitude-l1": lambda: tp.importance.GroupMagnitudeImportance(p=1),
+    "taylor": lambda: tp.importance.GroupTaylorImportance(),
+    "fpgm": lambda: tp.importance.FPGMImportance(),
+    "lamp": lambda: tp.importance.LAMPImportance(),
+    "random": lambda: tp.importance.RandomImportance(),
+    "bn-scale": lambda: tp.importance.BNScaleImportance(),
+}
+
+
+@dataclass(frozen=True)
+class SparseLearning:
+    """The group regulariser of DepGraph's sparse learning (its section 3.3; HOSTS: strength 5e-4).
+
+    For each layer group, with I the norm of a structure over rows, columns and batch-norm γ, the gradient gets
+    strength · γ · w with γ = 2^(alpha · (I_max − I)/(I_max − I_min)): 16 times the pull on the weakest at alpha = 4.
+
+    Attributes:
+        strength: factor of the regulariser.
+        alpha: exponent of the ratio between the weakest and the strongest structure.
+        every: steps between two updates of γ.
+    """
+
+    strength: float = 5e-4
+    alpha: float = 4.0
+    every: int = 100
+
+
+@dataclass(frozen=True)
+class DepGraph:
+    """DepGraph as a host.
+
+    Attributes:
+        importance: a name, or any function of a torch-pruning group that returns one score per channel.
+        scope: "global" ranks over all layer groups, "local" takes the same share of each.
+        ignored: modules that keep their width: dotted names.
+        heads: attention projections → number of heads, where a structure is to be a whole head.
+        allow_inexact: also prune where removal changes the function by its nature (a width under LayerNorm).
+        min_kept: structures (int) or share (float) of a layer group that always stays.
+        round_to: what stays of each layer group is a multiple of this, rounded up.
+        rounds: in how many equal parts of the way the target is approached.
+        interval: optimizer steps of plain training between two rounds.
+        sparse: group regulariser on all structures until the first pick (give the pruner a `start`).
+    """
+
+    importance: str | Importance = "magnitude"
+    scope: Scope = "global"
+    ignored: tuple[str, ...] = ()
+    heads: Mapping[str, int] = field(default_factory=dict)
+    allow_inexact: bool = False
+    min_kept: int | float = 1
+    round_to: int = 1
+    rounds: int = 1
+    interval: int = 0
+    sparse: SparseLearning | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.importance, str) and self.importance not in IMPORTANCES:
+            raise ConfigError(f"no importance is called {self.importance!r}; choose one of {', '.join(IMPORTANCES)}")
+        if self.scope not in ("global", "local"):
+            raise ConfigError(f"host.scope must be 'global' or 'local', not {self.scope!r}")
+        for name, least in (("rounds", 1), ("round_to", 1), ("interval", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"host.{name} must be at least {least}, not {getattr(self, name)}")
+        if isinstance(self.min_kept, float) and not 0 <= self.min_kept < 1:
+            raise ConfigError(f"host.min_kept = {self.min_kept}: a float is a share, in [0, 1); write an int for a number")
+
+    def graph(self, model: nn.Module, example_inputs: object) -> Graph:
+        """Find the structures of a model."""
+        return Graph(
+            model, example_inputs, ignored=self.ignored, heads=self.heads, allow_inexact=self.allow_inexact
+        )
+
+    def begin(self) -> Picker:
+        """Set to work on a network."""
+        return _Ranking(self)
+
+
+class _Ranking(Picker):
+    """Picks by rank; adds the group regulariser until the first pick."""
+
+    def __init__(self, host: DepGraph) -> None:
+        self._host = host
+        self._regulariser = GroupRegulariser(host.sparse) if host.sparse is not None else None
+
+    def check(self, scene: Scene, goal: Goal) -> None:
+        self._choose(scene, {name: torch.zeros(len(group)) for name, group in scene.structures.groups.items()}, goal)
+
+    def pick(self, scene: Scene, goal: Goal) -> Picks:
+        host = self._host
+        function = IMPORTANCES[host.importance]() if isinstance(host.importance, str) else host.importance
+        if host.importance == "taylor" and all(p.grad is None for p in scene.parameters.values()):
+            raise ConfigError("importance 'taylor' needs gradients: pick inside optimizer.step(), after loss.backward()")
+        return self._choose(scene, scene.graph.scores(function, scene.structures), goal)
+
+    def _choose(self, scene: Scene, scores: Mapping[str, Tensor], goal: Goal) -> Picks:
+        host = self._host
+        return choose(scene, scores, goal, scope=host.scope, min_kept=host.min_kept, round_to=host.round_to)
+
+    def add_gradients(self, scene: Scene, scale: Tensor | None) -> None:
+        if self._regulariser is None or scene.step >= scene.start:
+            return
+        if scene.step % self._regulariser.settings.every == 0 or not self._regulariser.ready:
+            self._regulariser.update(scene.structures, scene.parameters)
+        self._regulariser.add(scene.parameters, scale)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"pulls": self._regulariser.factors} if self._regulariser else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self._regulariser is not None:
+            self._regulariser.factors = list(state["pulls"])
+
+
+class GroupRegulariser:
+    """Adds strength · γ · w to the gradients of all structures, with a few kernels per tensor."""
+
+    _ROLES = frozenset({Role.ROW, Role.COLUMN, Role.SCALE})
+
+    def __init__(self, settings: SparseLearning) -> None:
+        self.settings = settings
+        #: (parameter, what its values are multiplied with before they are added to the gradient)
+        self.factors: list[tuple[str, Tensor]] = []
+
+    @property
+    def ready(self) -> bool:
+        """Whether γ has been worked out."""
+        return bool(self.factors)
+
+    @torch.no_grad()
+    def update(self, structures: StructureSet, parameters: Mapping[str, Tensor]) -> None:
+        """Work out γ of every structure from its norm now."""
+        pulls: dict[tuple[str, int], Tensor] = {}
+        for group in structures.groups.values():
+            couplings = [c for c in group.couplings if c.role in self._ROLES and c.tensor in parameters]
+            if not couplings or not len(group):
+                continue
+            device = parameters[couplings[0].tensor].device
+            square = torch.zeros(len(group), device=device)
+            for c in couplings:
+                tensor = parameters[c.tensor].detach()
+                rest = [d for d in range(tensor.ndim) if d != c.dim]
+                along = tensor.float().square().sum(rest) if rest else tensor.float().square()
+                square.index_add_(0, c.owner.to(device), along[c.position.to(device)].to(device))
+            size = square.sqrt()
+            spread = (size.max() - size.min()).clamp_min(1e-12)
+            pull = self.settings.strength * 2 ** (self.settings.alpha * (size.max() - size) / spread)
+            for c in couplings:
+                tensor = parameters[c.tensor]
+                factor = pulls.setdefault(c.place, torch.zeros(tensor.shape[c.dim], device=device))
+                factor.index_add_(0, c.position.to(device), pull[c.owner.to(device)])
+        self.factors = []
+        for (name, dim), factor in pulls.items():
+            tensor = parameters[name]
+            shape = [1] * tensor.ndim
+            shape[dim] = -1
+            self.factors.append((name, factor.to(tensor.device, tensor.dtype).view(shape)))
+
+    @torch.no_grad()
+    def add(self, parameters: Mapping[str, Tensor], scale: Tensor | None) -> None:
+        """grad += γ·w, times `scale` where gradients are scaled."""
+        for name, factor in self.factors:
+            tensor = parameters[name]
+            if tensor.grad is not None:
+                tensor.grad.addcmul_(tensor, factor if scale is None else factor * scale.to(factor.dtype))

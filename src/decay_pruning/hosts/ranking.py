@@ -1,0 +1,100 @@
+"""From scores to picks: the lowest scores go, until the goal is met."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from decay_pruning.budget import Cost
+from decay_pruning.errors import BudgetError
+from decay_pruning.hosts.base import Goal, Scene
+
+logger = logging.getLogger("decay_pruning")
+
+Scope = Literal["global", "local"]
+
+
+def choose(
+    scene: Scene,
+    scores: Mapping[str, Tensor],
+    goal: Goal,
+    *,
+    scope: Scope = "global",
+    min_kept: int | float = 1,
+    round_to: int = 1,
+) -> dict[str, list[int]]:
+    """The fewest lowest-scored structures whose removal meets the goal.
+
+    Args:
+        scene: what there is, and what can be picked.
+        scores: layer group → one float per structure, parallel to its ids.
+        goal: what has to be reached.
+        scope: "global" compares scores over all layer groups; "local" takes the same share of each.
+        min_kept: structures (int) or share (float) of each layer group that always stays; never less than one.
+        round_to: what stays of a layer group is a multiple of this, rounded *up*, so a layer group of 16 asked to lose
+            a tenth at a multiple of 8 loses nothing, and the log says so.
+
+    Raises:
+        BudgetError: not even all that may go would meet the goal.
+    """
+    order: dict[str, Tensor] = {}
+    ranks, owners = [], []
+    names = list(scene.structures.groups)
+    eligible = scene.eligible()
+    for number, name in enumerate(names):
+        size = len(scene.structures.groups[name])
+        stays = max(1, math.ceil(min_kept * size) if isinstance(min_kept, float) else min_kept)
+        candidates = eligible[name].nonzero().flatten()
+        score = scores[name].detach().double().cpu()[candidates]
+        order[name] = candidates[torch.argsort(score, stable=True)][: max(0, size - stays)]
+        ranked = score.sort().values[: order[name].numel()]
+        ranks.append(ranked if scope == "global" else (torch.arange(ranked.numel()) + 1) / size)
+        owners.append(torch.full((ranked.numel(),), number))
+    owner = torch.cat(owners)[torch.argsort(torch.cat(ranks).double(), stable=True)]
+
+    def counts(k: int) -> dict[str, int]:
+        """How many of each layer group go when the k lowest are chosen."""
+        asked = torch.bincount(owner[:k], minlength=len(names)).tolist()
+        taken = {}
+        for name, number in zip(names, asked, strict=True):
+            size = len(scene.structures.groups[name])
+            taken[name] = max(0, size - math.ceil((size - number) / round_to) * round_to) if number else 0
+        return taken
+
+    def cost(k: int) -> Cost:
+        masks = {}
+        for name, number in counts(k).items():
+            masks[name] = torch.zeros(len(scene.structures.groups[name]), dtype=torch.bool)
+            masks[name][order[name][:number]] = True
+        return scene.costs.after(masks)
+
+    if not goal.met(cost(owner.numel())):
+        least = getattr(cost(owner.numel()), goal.of)
+        raise BudgetError(
+            f"the target of {goal.at_most:,.0f} {goal.of} cannot be met: now {getattr(scene.costs.now, goal.of):,}, "
+            f"and {least:,} if all {owner.numel()} structures that may go went (min_kept = {min_kept}, round_to = "
+            f"{round_to}; {len(scene.structures.unprunable)} layers are not prunable). Keep more, or allow more to go."
+        )
+    low, high = 0, owner.numel()
+    while low < high:
+        middle = (low + high) // 2
+        if goal.met(cost(middle)):
+            high = middle
+        else:
+            low = middle + 1
+    if round_to > 1:
+        asked = torch.bincount(owner[:low], minlength=len(names)).tolist()
+        for (name, number), wanted in zip(counts(low).items(), asked, strict=True):
+            if number != wanted:
+                logger.info("%s: %d of %d picked, not %d: what stays is a multiple of %d",
+                            name, number, len(scene.structures.groups[name]), wanted, round_to)  # fmt: skip
+    return {
+        name: sorted(scene.structures.groups[name].ids[order[name][:number]].tolist())
+        for name, number in counts(low).items()
+        if number
+    }

@@ -1,0 +1,421 @@
+"""The pruner: puts a host, the engine and surgery together inside the user's own training loop.
+
+    pruner = Pruner(model, example_inputs, optimizer, Target(macs=0.5), total_steps=len(loader) * epochs)
+    ...                      # the loop as it was; optimizer.step() drives everything
+    report = pruner.finish()
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from decay_pruning import surgery
+from decay_pruning.budget import Cost, CostModel, Target
+from decay_pruning.decay import SmoothPruning
+from decay_pruning.engine import Engine, Event
+from decay_pruning.errors import BudgetError, ConfigError
+from decay_pruning.hosts import Custom, DepGraph, Goal, Host, Scene
+from decay_pruning.plan import Plan
+from decay_pruning.rectify import SelfRectifying
+from decay_pruning.structures import Picks, StructureSet
+
+logger = logging.getLogger("decay_pruning")
+
+#: Rounds after which picks that do not lead to the target are an error.
+_EXTRA_ROUNDS = 20
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a pruner is. MACs and parameters are those of the model as it is now; the rest counts structures."""
+
+    step: int
+    round: int
+    macs: int
+    params: int
+    macs_start: int
+    params_start: int
+    decaying: int
+    held: int
+    released: int
+    removed: int
+
+
+@dataclass(frozen=True)
+class PruningReport:
+    """What was done. Pairs are (before, after).
+
+    Attributes:
+        macs, params, structures: of the whole model.
+        picked: picks made, those of `picked_again` included.
+        decayed: structures whose decay came to its end.
+        released: structures let go by self-rectifying.
+        picked_again: structures picked again after a release.
+        removed: structures that are gone.
+        rounds: picks of the host.
+        steps: optimizer steps from the start to the last removal.
+        widths: layer group → (before, after).
+        unprunable: what was never considered → the reason.
+    """
+
+    macs: tuple[int, int]
+    params: tuple[int, int]
+    structures: tuple[int, int]
+    picked: int
+    decayed: int
+    released: int
+    picked_again: int
+    removed: int
+    rounds: int
+    steps: int
+    widths: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    unprunable: Mapping[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        def share(pair: tuple[int, int]) -> str:
+            return f"{pair[0]:,} -> {pair[1]:,} ({100 * pair[1] / max(1, pair[0]):.1f} %)"
+
+        return "\n".join(
+            [
+                f"MACs        {share(self.macs)}",
+                f"parameters  {share(self.params)}",
+                f"structures  {share(self.structures)}",
+                f"picked {self.picked} (again after a release: {self.picked_again}), decayed {self.decayed}, "
+                f"released {self.released}, removed {self.removed}, in {self.rounds} rounds and {self.steps} steps",
+            ]
+        )
+
+
+class Pruner:
+    """Prunes a model while it trains.
+
+    Args:
+        model: the model, unwrapped (no DDP, no compile wrapper). Its parameters keep their identity.
+        example_inputs: a tensor, a tuple for `model(*inputs)`, or a dict for `model(**inputs)`, on the model's device.
+            A batch of one is enough, and makes MACs comparable with papers.
+        optimizer: the optimizer of the training loop; any from `torch.optim`, or made like those.
+        target: what is to be left. A bare float is the fraction of MACs.
+        host: the method that picks; a function (scene, goal) → picks is one, too.
+        smooth: how picked structures fade; `SmoothPruning.one_step()` prunes at once, as the host alone would.
+        rectify: when picks are let go again, or None for never. The arms of a comparison differ by these two settings.
+        total_steps: optimizer steps that the training will take from here; needed where N is a fraction.
+        start: optimizer steps before the first pick (for sparse learning).
+        on_event: called with every `Event`.
+
+    Raises:
+        ConfigError: settings that contradict each other.
+        GraphError: the model cannot be traced, or nothing in it can be pruned.
+        BudgetError: the target is out of reach even if all that can go goes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        optimizer: Optimizer,
+        target: Target | float,
+        *,
+        host: Host | Callable[[Scene, Goal], Picks] | None = None,
+        smooth: SmoothPruning | None = None,
+        rectify: SelfRectifying | None = None,
+        total_steps: int | None = None,
+        start: int = 0,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> None:
+        self.model = model
+        self.target = Target(macs=target) if isinstance(target, int | float) else target
+        self.host: Host = _as_host(host)
+        self.smooth = smooth if smooth is not None else SmoothPruning()
+        self.rectify = rectify
+        self.start = start
+        self.total_steps = total_steps
+        self._example_inputs = example_inputs
+        self._optimizer = _unwrap(optimizer)
+        self._check(model, self._optimizer)
+
+        self.graph = self.host.graph(model, example_inputs)
+        self.original: StructureSet = self.graph.structures
+        self._parameters = dict(model.named_parameters())
+        self._costs = CostModel(model, example_inputs, self.original)
+        self.before: Cost = self._costs.now
+        self.engine = Engine(
+            self.original, lambda: self._parameters, self._optimizer, self.smooth, rectify, on_event
+        )
+        self._picker = self.host.begin()
+        self._picker.check(self._scene(), self._goal(1.0))
+        self._round = 0  # picks made
+        self._due = start  # step of the next pick
+        self._finished_at = 0
+        self.engine.attach(self)
+
+    # -- for the user ----------------------------------------------------------------------------------------
+
+    @property
+    def structures(self) -> StructureSet:
+        """What can still be pruned, in current positions."""
+        return self.engine.structures
+
+    @property
+    def done(self) -> bool:
+        """The target is met and nothing is decaying or waiting for its removal."""
+        return not self.engine.decaying and not self.engine.held and self._goal(1.0).met(self._costs.now)
+
+    def progress(self) -> Progress:
+        """Where the pruner is; cheap."""
+        return Progress(
+            step=self.engine.step,
+            round=self._round,
+            macs=self._costs.now.macs,
+            params=self._costs.now.params,
+            macs_start=self.before.macs,
+            params_start=self.before.params,
+            decaying=len(self.engine.decaying),
+            held=sum(len(ids) for ids in self.engine.held.values()),
+            released=self.engine.counts.released,
+            removed=self.engine.counts.removed,
+        )
+
+    def norms(self) -> dict[str, float]:
+        """"layer group:index" → norm now over norm at the pick, for what is decaying."""
+        return {f"{name}:{index}": value for (name, index), value in self.engine.norms().items()}
+
+    def plan(self) -> Plan:
+        """What the host would pick for the whole target now; nothing is touched."""
+        return Plan.of(self.structures, self._picker.pick(self._scene(), self._goal(1.0)), self._costs)
+
+    def finish(self, *, force: bool = False) -> PruningReport:
+        """End pruning: check the target, take the hooks off the optimizer, and report.
+
+        Args:
+            force: end decays that are still on their way at once, and prune what is missing in one step.
+
+        Raises:
+            BudgetError: the target is not met yet. Nothing is lost: the hooks stay, and training can go on.
+        """
+        if force and not self.done:
+            self._force()
+        if not self.done:
+            raise BudgetError(self._how_far())
+        self.engine.detach()
+        return self.report()
+
+    def report(self) -> PruningReport:
+        """What has been done so far."""
+        counts = self.engine.counts
+        widths = {
+            name: (len(group), len(self.structures.groups[name])) for name, group in self.original.groups.items()
+        }
+        return PruningReport(
+            macs=(self.before.macs, self._costs.now.macs),
+            params=(self.before.params, self._costs.now.params),
+            structures=(len(self.original), len(self.structures)),
+            picked=counts.picked,
+            decayed=counts.decayed,
+            released=counts.released,
+            picked_again=counts.picked_again,
+            removed=counts.removed,
+            rounds=self._round,
+            steps=self._finished_at or self.engine.step,
+            widths=widths,
+            unprunable=dict(self.original.unprunable),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on bit for bit, in plain containers and tensors (`torch.load(weights_only=True)`)."""
+        removed = {
+            name: sorted(set(group.ids.tolist()) - set(self.structures.groups[name].ids.tolist()))
+            for name, group in self.original.groups.items()
+        }
+        return {
+            "version": 1,
+            "structures": {name: len(group) for name, group in self.original.groups.items()},
+            "removed": {name: ids for name, ids in removed.items() if ids},
+            "round": self._round,
+            "due": self._due,
+            "finished_at": self._finished_at,
+            "before": asdict(self.before),
+            "engine": self.engine.state_dict(),
+            "picker": self._picker.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`, in a pruner on the *original* model.
+
+        The model and its optimizer are first made as narrow as they were, so load *their* states after this one.
+
+        Raises:
+            ConfigError: the state belongs to another model, or this pruner has already removed something.
+        """
+        own = {name: len(group) for name, group in self.original.groups.items()}
+        if state.get("version") != 1 or state.get("structures") != own:
+            raise ConfigError("this state was saved for another model: its layer groups or widths differ")
+        if self.structures is not self.original or self.engine.step:
+            raise ConfigError("load the state into a fresh pruner on the original model, before any training step")
+        if state["removed"]:
+            surgery.shrink(self.model, self.original.kept(state["removed"]), self._optimizer)
+        structures = self.original.without(state["removed"])
+        self.engine.structures = structures
+        self._costs = CostModel(self.model, self._example_inputs, structures)
+        self.before = Cost(**state["before"])
+        self._round = state["round"]
+        self._due = state["due"]
+        self._finished_at = state["finished_at"]
+        self.engine.load_state_dict(state["engine"])
+        self._picker.load_state_dict(state["picker"])
+
+    # -- the engine's driver ---------------------------------------------------------------------------------
+
+    def before_step(self) -> None:
+        """Pick, when it is time."""
+        idle = not self.engine.decaying and not self.engine.held
+        if idle and self.engine.step >= self._due and not self._goal(1.0).met(self._costs.now):
+            self._pick()
+
+    def add_gradients(self, scale: Tensor | None) -> None:
+        """The host's own addition to training."""
+        self._picker.add_gradients(self._scene(), scale)
+
+    def after_step(self) -> None:
+        """Remove what has come to the end of its decay, when nothing else is on its way."""
+        if self.engine.held and not self.engine.decaying:
+            self._remove()
+            self._due = self.engine.step + self.host.interval
+
+    # -- inside ----------------------------------------------------------------------------------------------
+
+    def _pick(self) -> None:
+        extra = self._round - self.host.rounds  # rounds beyond the planned ones: others in place of released ones
+        retries = self.rectify.retries if self.rectify is not None else 0
+        goal = self._goal(min(1.0, (self._round + 1) / self.host.rounds))
+        self._round += 1
+        if goal.met(self._costs.now):  # an earlier round overshot this one's part of the way
+            return
+        if extra > retries + _EXTRA_ROUNDS:
+            raise BudgetError(f"the host's picks do not lead to the target. {self._how_far()}")
+        self.engine.pick(self._choose(goal), self._steps(), rectified=extra < retries)
+
+    def _choose(self, goal: Goal) -> Picks:
+        try:
+            picks = self._picker.pick(self._scene(), goal)
+        except BudgetError:
+            if not self.engine.end_cooldown():
+                raise
+            picks = self._picker.pick(self._scene(), goal)
+        if not any(len(ids) for ids in picks.values()):
+            raise BudgetError(f"the host picked nothing. {self._how_far()}")
+        self._check_widths(picks)
+        return picks
+
+    def _check_widths(self, picks: Picks) -> None:
+        for name, ids in picks.items():
+            group = self.structures.groups.get(name)
+            if group is not None and len(set(ids)) >= len(group):
+                raise ConfigError(f"the host picked all {len(group)} structures of {name!r}; one has to stay")
+
+    def _remove(self) -> None:
+        left = surgery.remove(
+            self.model,
+            self.structures,
+            self.engine.held,
+            example_inputs=self._example_inputs,
+            optimizer=self._optimizer,
+        )
+        self.engine.removed(left)
+        self._costs = CostModel(self.model, self._example_inputs, left)
+        self._finished_at = self.engine.step
+
+    def _force(self) -> None:
+        self.engine.fade_out()
+        if self.engine.held:
+            self._remove()
+        for _ in range(_EXTRA_ROUNDS):
+            if self.done:
+                return
+            self.engine.pick(self._choose(self._goal(1.0)), 1, rectified=False)
+            self.engine.fade_out()
+            self._remove()
+
+    def _steps(self) -> int:
+        """N of the next decay."""
+        left = None if self.total_steps is None else self.total_steps - self.engine.step
+        if isinstance(self.smooth.steps, int):
+            return self.smooth.steps if left is None else max(1, min(self.smooth.steps, left))
+        assert self.total_steps is not None and left is not None
+        whole = self.smooth.steps * (self.total_steps - self.start)
+        return max(1, min(round(whole / self.host.rounds), round(self.smooth.steps * max(left, 0)) or 1))
+
+    def _goal(self, way: float) -> Goal:
+        """The absolute figure to reach after this part of the way (0 … 1) to the target."""
+        before = getattr(self.before, self.target.of)
+        return Goal(self.target.of, before * (1 - (1 - self.target.keep) * way))
+
+    def _scene(self) -> Scene:
+        return Scene(
+            model=self.model,
+            optimizer=self._optimizer,
+            graph=self.graph,
+            structures=self.structures,
+            parameters=self._parameters,
+            costs=self._costs,
+            step=self.engine.step,
+            start=self.start,
+            find_eligible=self.engine.eligible,
+        )
+
+    def _how_far(self) -> str:
+        now, before = (getattr(c, self.target.of) for c in (self._costs.now, self.before))
+        share = f"{100 * now / before:.1f} % of {self.target.of} are left, the target is {100 * self.target.keep:.1f} %"
+        if self.engine.decaying:
+            return (
+                f"{len(self.engine.decaying)} structures are still decaying at step {self.engine.step} ({share}): "
+                "train on, choose fewer smooth.steps, or call finish(force=True) to end their decay at once"
+            )
+        return f"the target is not met after {self.engine.step} steps: {share}; train on or call finish(force=True)"
+
+    def _check(self, model: nn.Module, optimizer: Optimizer) -> None:
+        if isinstance(self.smooth.steps, float) and self.total_steps is None:
+            raise ConfigError(
+                f"smooth.steps = {self.smooth.steps:.3g} is a share of the training that is left: pass total_steps "
+                "(e.g. len(loader) * epochs), or give smooth.steps as an int"
+            )
+        if self.total_steps is not None:
+            planned = self.smooth.steps * self.host.rounds if isinstance(self.smooth.steps, int) else 0
+            if self.start + planned > self.total_steps:
+                raise ConfigError(
+                    f"{self.host.rounds} rounds of {self.smooth.steps} steps after a start at {self.start} do not fit "
+                    f"into total_steps = {self.total_steps}"
+                )
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            raise ConfigError("pass the unwrapped model (ddp.module), and wrap it again after each removal")
+        if not isinstance(optimizer, Optimizer):
+            raise ConfigError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not any(id(p) in trained for p in model.parameters()):
+            raise ConfigError("the optimizer trains none of the model's parameters: build it from this model")
+
+
+def _as_host(host: Host | Callable[[Scene, Goal], Picks] | None) -> Host:
+    if host is None:
+        return DepGraph()
+    if hasattr(host, "begin"):
+        return host  # type: ignore[return-value]
+    if callable(host):
+        return Custom(host)
+    raise ConfigError(f"host must be a host such as DepGraph(), or a function (scene, goal) -> picks, not {host!r}")
+
+
+def _unwrap(optimizer: Optimizer) -> Optimizer:
+    """The optimizer inside wrappers such as Accelerate's."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer

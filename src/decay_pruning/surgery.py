@@ -1,0 +1,631 @@
+"""Surgery: cut structures out of a model that is being trained, and prove that nothing else changed.
+
+A removal is four steps: set the structures to zero, run the model, cut, run it again. Both outputs must agree, or
+the model is put back as it was. Training goes on with the same `Parameter` objects: their gradients and the state
+that the optimizer keeps for them are cut along, so parameter groups, schedulers and hooks stay valid.
+
+This room knows tensors, dimensions and positions; it does not know layer types (those come as
+`Role.ATTRIBUTE` couplings) nor why something is removed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.parameter import is_lazy
+from torch.optim import LBFGS, Optimizer
+
+from decay_pruning.errors import SurgeryError
+from decay_pruning.structures import NOT_PARAMETERS, Picks, Place, StructureSet
+
+log = logging.getLogger(__name__)
+
+#: Place → the current positions that stay there, ascending int64.
+Kept = Mapping[Place, Tensor]
+Optimizers = Optimizer | Sequence[Optimizer] | None
+
+#: Largest relative change of the output that a removal may cause, by the coarsest dtype inside the model.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+_HISTORY = "_decay_pruning_history"
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+# ---------------------------------------------------------------------------------------------- history
+
+
+@dataclass
+class History:
+    """Which original positions are still there, for every place that surgery has cut.
+
+    Attributes:
+        original: place → its size in the original model.
+        positions: place → the original positions that are left, ascending int64.
+    """
+
+    original: dict[Place, int] = field(default_factory=dict)
+    positions: dict[Place, Tensor] = field(default_factory=dict)
+
+    def update(self, kept: Kept, sizes: Mapping[Place, int]) -> None:
+        """Note one cut: `kept` are positions before the cut, `sizes` the sizes before it."""
+        for place, keep in kept.items():
+            self.original.setdefault(place, sizes[place])
+            before = self.positions.get(place)
+            self.positions[place] = keep.clone() if before is None else before[keep]
+
+    def copy(self) -> History:
+        return History(dict(self.original), dict(self.positions))
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """Plain lists and numbers, fit for JSON."""
+        return [
+            {"tensor": name, "dim": dim, "original": self.original[name, dim], "kept": keep.tolist()}
+            for (name, dim), keep in self.positions.items()
+        ]
+
+    def load_state_dict(self, state: Iterable[Mapping[str, Any]]) -> None:
+        self.original = {(row["tensor"], row["dim"]): int(row["original"]) for row in state}
+        self.positions = {
+            (row["tensor"], row["dim"]): torch.tensor(row["kept"], dtype=torch.int64) for row in state
+        }
+
+
+def history(model: nn.Module) -> History:
+    """What surgery has cut out of this model so far (a copy). It travels with `copy.deepcopy(model)`."""
+    past = model.__dict__.get(_HISTORY)
+    return past.copy() if isinstance(past, History) else History()
+
+
+# ------------------------------------------------------------------------------------------------ places
+
+
+def parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that owns the dotted `name`, and the last part of the name.
+
+    Raises:
+        SurgeryError: no such module.
+    """
+    path, _, leaf = name.rpartition(".")
+    try:
+        return model.get_submodule(path), leaf
+    except AttributeError:
+        raise SurgeryError(f"the model has no module {path!r} (needed for {name!r})") from None
+
+
+def lookup(model: nn.Module, name: str) -> Any:
+    """The parameter, buffer or attribute with this dotted name.
+
+    Raises:
+        SurgeryError: no such name.
+    """
+    module, leaf = parent(model, name)
+    if not hasattr(module, leaf):
+        raise SurgeryError(f"the model has no parameter, buffer or attribute {name!r}")
+    return getattr(module, leaf)
+
+
+def size_of(model: nn.Module, place: Place) -> int:
+    """Current size of a place: a tensor's extent, an element of a tuple, or the integer itself.
+
+    Raises:
+        SurgeryError: the place does not exist or holds something else.
+    """
+    name, dim = place
+    thing = lookup(model, name)
+    if isinstance(thing, int) and not isinstance(thing, bool) and dim == 0:
+        return thing
+    shape = thing.shape if isinstance(thing, Tensor) else thing
+    if isinstance(shape, tuple) and 0 <= dim < len(shape):
+        return int(shape[dim])
+    raise SurgeryError(f"{name!r} has no dimension {dim} to cut (it is a {type(thing).__name__})")
+
+
+# ------------------------------------------------------------------------------------------------- cutting
+
+
+@dataclass
+class _Cut:
+    """One tensor and what stays of it."""
+
+    names: list[str]
+    tensor: Tensor
+    kept: dict[int, Tensor]
+
+
+def shrink(model: nn.Module, kept: Kept, optimizer: Optimizers = None) -> Callable[[], None]:
+    """Keep only `kept` at every place; cut gradients and optimizer state along.
+
+    Everything is checked before anything is touched. `Parameter` and buffer objects stay the same objects, with
+    their dtype, device, memory format, `requires_grad` and hooks; tied parameters are cut once.
+
+    Args:
+        model: the model.
+        kept: place → ascending positions that stay; other places are left alone.
+        optimizer: the optimizer or optimizers whose state follows.
+
+    Returns:
+        A function that puts everything back as it was. It is valid until the next training step.
+
+    Raises:
+        SurgeryError: an unknown place, positions that do not fit, nothing left of a tensor, a distributed tensor, or
+            optimizer state that cannot be cut.
+    """
+    sizes = {place: size_of(model, place) for place in kept}
+    for place, keep in kept.items():
+        _check_positions(place, keep, sizes[place])
+    cuts, attributes = _sort_places(model, kept)
+    updates = [update for each in _as_list(optimizer) for update in _state_updates(each, cuts)]
+
+    past = model.__dict__.get(_HISTORY)
+    now = history(model)
+    now.update(kept, sizes)
+    undo: list[Callable[[], None]] = []
+
+    def put_back() -> None:
+        for step in reversed(undo):
+            step()
+        if past is None:
+            model.__dict__.pop(_HISTORY, None)
+        else:
+            model.__dict__[_HISTORY] = past
+
+    try:
+        for cut in cuts:
+            undo.append(_replace(cut.tensor, _take(cut.tensor.detach(), cut.kept), cut.kept))
+        for state, key, value in updates:
+            undo.append(_setter(state, key, state[key]))
+            state[key] = value
+        for name, dims in attributes.items():
+            module, leaf = parent(model, name)
+            value = getattr(module, leaf)
+            undo.append(_attribute_setter(module, leaf, value))
+            setattr(module, leaf, _shorter(value, dims))
+    except BaseException:  # out of memory, interrupted: never leave half a cut behind
+        put_back()
+        raise
+    model.__dict__[_HISTORY] = now
+    return put_back
+
+
+def _as_list(optimizer: Optimizers) -> list[Optimizer]:
+    if optimizer is None:
+        return []
+    return [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+
+
+def _check_positions(place: Place, keep: Tensor, size: int) -> None:
+    name, dim = place
+    if keep.ndim != 1 or keep.dtype != torch.int64:
+        raise SurgeryError(f"kept positions of {name!r} must be a 1-d int64 tensor, not {keep.dtype} {keep.ndim}-d")
+    if keep.numel() == 0:
+        raise SurgeryError(f"nothing would be left of {name!r} along dimension {dim}; keep at least one structure")
+    if int(keep[0]) < 0 or int(keep[-1]) >= size or bool((keep[1:] <= keep[:-1]).any()):
+        raise SurgeryError(f"kept positions of {name!r}, dimension {dim}, must ascend within 0 … {size - 1}")
+
+
+def _sort_places(model: nn.Module, kept: Kept) -> tuple[list[_Cut], dict[str, dict[int, Tensor]]]:
+    """Places → one cut per tensor object (ties merged), and the module attributes."""
+    cuts: dict[int, _Cut] = {}
+    attributes: dict[str, dict[int, Tensor]] = {}
+    for (name, dim), keep in kept.items():
+        thing = lookup(model, name)
+        if not isinstance(thing, Tensor):
+            attributes.setdefault(name, {})[dim] = keep
+            continue
+        if hasattr(thing, "full_tensor"):
+            raise SurgeryError(
+                f"{name!r} is a distributed tensor (DTensor); prune before the model is sharded, "
+                "or use replicated data parallelism"
+            )
+        if is_lazy(thing):
+            raise SurgeryError(f"{name!r} is not initialised yet; run the model once before pruning it")
+        if thing.grad_fn is not None or _registered(model, name) is not thing:
+            raise SurgeryError(
+                f"{name!r} is computed from other tensors (weight norm, a parametrization or a mask) and cannot be "
+                "cut; make it a plain parameter first"
+            )
+        cut = cuts.setdefault(id(thing), _Cut([], thing, {}))
+        cut.names.append(name)
+        same = cut.kept.setdefault(dim, keep)
+        if not torch.equal(same, keep):
+            raise SurgeryError(f"{cut.names} are one tensor, but different positions of it would be kept")
+    return list(cuts.values()), attributes
+
+
+def _registered(model: nn.Module, name: str) -> Tensor | None:
+    module, leaf = parent(model, name)
+    return module._parameters.get(leaf, module._buffers.get(leaf))
+
+
+def _take(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+    """A new tensor with only the kept positions, in the memory format of the old one."""
+    new = tensor
+    for dim, keep in kept.items():
+        new = new.index_select(dim, keep.to(tensor.device))
+    channels_last = _CHANNELS_LAST.get(tensor.ndim)
+    if channels_last and tensor.stride(1) < tensor.stride(-1) and tensor.is_contiguous(memory_format=channels_last):
+        new = torch.empty(new.shape, dtype=new.dtype, device=new.device, memory_format=channels_last).copy_(new)
+    return new
+
+
+def _replace(tensor: Tensor, data: Tensor, kept: Mapping[int, Tensor]) -> Callable[[], None]:
+    """Give a tensor other data (and its gradient the same cut). Returns what undoes it."""
+    old, old_grad = tensor.data, tensor.grad
+    grad = None if old_grad is None else _take(old_grad, kept)
+    _set_data(tensor, data, grad)
+    return lambda: _set_data(tensor, old, old_grad)
+
+
+def _set_data(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
+    """Change data and gradient of a leaf to another shape.
+
+    A graph that somebody still holds (`loss`) keeps the leaf's gradient accumulator alive, and that one remembers
+    the old shape: the next backward would fail with "invalid gradient". Passing through another dtype makes torch
+    forget it; hooks on the parameter survive.
+    """
+    tensor.grad = None
+    other = torch.float64 if tensor.dtype != torch.float64 else torch.float32
+    tensor.data = torch.empty(0, dtype=other, device=tensor.device)
+    tensor.data = data
+    tensor.grad = grad
+
+
+def _state_updates(
+    optimizer: Optimizer, cuts: Sequence[_Cut]
+) -> list[tuple[dict[Any, Any], Any, Tensor]]:
+    """The optimizer state that changes: (state of a parameter, key, new value). Touches nothing."""
+    if isinstance(optimizer, LBFGS):
+        raise SurgeryError(
+            "LBFGS keeps one flat history of all parameters, which cannot be cut; use a first-order optimizer"
+        )
+    updates = []
+    for cut in cuts:
+        if cut.tensor not in optimizer.state:
+            continue
+        state = optimizer.state[cut.tensor]
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                kept = _state_cut(optimizer, cut, key, value)
+                if kept:
+                    updates.append((state, key, _take(value, kept)))
+            elif isinstance(value, list | tuple | dict | set) and value:
+                raise SurgeryError(
+                    f"{type(optimizer).__name__} keeps {key!r} of {cut.names[0]!r} as a {type(value).__name__}, "
+                    "and it is not known how to cut that; use an optimizer whose state has the parameter's shape"
+                )
+    return updates
+
+
+def _state_cut(optimizer: Optimizer, cut: _Cut, key: str, value: Tensor) -> dict[int, Tensor]:
+    """Dimension → kept positions for one state tensor. Covers full and factored (row, column) state."""
+    if value.numel() == 1:
+        return {}
+    shape = cut.tensor.shape
+    if value.ndim != len(shape) or any(n not in (1, old) for n, old in zip(value.shape, shape, strict=True)):
+        raise SurgeryError(
+            f"{type(optimizer).__name__} keeps {key!r} of {cut.names[0]!r} in shape {tuple(value.shape)}, which does "
+            f"not follow the parameter's {tuple(shape)}; use an optimizer whose state has the parameter's shape"
+        )
+    return {dim: keep for dim, keep in cut.kept.items() if value.shape[dim] == shape[dim]}
+
+
+def _setter(state: dict[Any, Any], key: Any, value: Any) -> Callable[[], None]:
+    return lambda: state.__setitem__(key, value)
+
+
+def _attribute_setter(module: nn.Module, leaf: str, value: Any) -> Callable[[], None]:
+    return lambda: setattr(module, leaf, value)
+
+
+def _shorter(value: int | tuple[int, ...], dims: Mapping[int, Tensor]) -> int | tuple[int, ...]:
+    if isinstance(value, int):
+        return dims[0].numel()
+    return tuple(dims[i].numel() if i in dims else n for i, n in enumerate(value))
+
+
+# ------------------------------------------------------------------------------------------------ zeroing
+
+
+def zero_(model: nn.Module, structures: StructureSet, picks: Picks) -> None:
+    """Set every parameter slice of the picked structures to zero, in place.
+
+    Raises:
+        KeyError: an unknown layer group or structure.
+    """
+    _zero(model, structures, picks)
+
+
+@torch.no_grad()
+def _zero(model: nn.Module, structures: StructureSet, picks: Picks) -> Callable[[], None]:
+    """`zero_`, and a function that puts the values back."""
+    saved: list[tuple[Tensor, int, Tensor, Tensor]] = []
+    for name, ids in picks.items():
+        group = structures.groups[name]
+        gone = torch.zeros(len(group), dtype=torch.bool)
+        gone[group.rows(ids)] = True
+        for coupling in group.couplings:
+            if coupling.role in NOT_PARAMETERS:
+                continue
+            tensor = lookup(model, coupling.tensor).data
+            position = coupling.position[gone[coupling.owner]].to(tensor.device)
+            saved.append((tensor, coupling.dim, position, tensor.index_select(coupling.dim, position)))
+            tensor.index_fill_(coupling.dim, position, 0)
+
+    def put_back() -> None:
+        for tensor, dim, position, values in reversed(saved):
+            tensor.index_copy_(dim, position, values)
+
+    return put_back
+
+
+# ------------------------------------------------------------------------------------------------- proof
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a model returned: its tensors, and the coarsest floating dtype that any of its layers produced."""
+
+    leaves: tuple[Tensor, ...]
+    coarsest: torch.dtype
+
+
+def call(model: nn.Module, example_inputs: Any) -> Any:
+    """`model(x)` for a tensor, `model(*x)` for a tuple or list, `model(**x)` for a mapping."""
+    if isinstance(example_inputs, Mapping):
+        return model(**example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        return model(*example_inputs)
+    return model(example_inputs)
+
+
+def leaves(output: Any) -> Iterator[Tensor]:
+    """All tensors in nested tuples, lists, mappings and dataclasses."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from leaves(value)
+    elif isinstance(output, list | tuple):
+        for value in output:
+            yield from leaves(value)
+    elif is_dataclass(output) and not isinstance(output, type):
+        for each in fields(output):
+            yield from leaves(getattr(output, each.name))
+
+
+@contextmanager
+def untouched(model: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Run the model inside in evaluation mode, seeded, in full precision, and leave no trace of it.
+
+    Training flags, buffers, random number generators and TF32 settings are as before afterwards.
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, None if buffer is None else buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    ]
+    tensors = [*model.parameters(), *model.buffers()]
+    devices = sorted({t.device.index for t in tensors if t.device.type == "cuda" and t.device.index is not None})
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    tf32 = matmul.allow_tf32, cudnn.allow_tf32
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        try:
+            matmul.allow_tf32 = cudnn.allow_tf32 = False
+            for module, _ in flags:
+                module.training = False
+            yield
+        finally:
+            matmul.allow_tf32, cudnn.allow_tf32 = tf32
+            for module, training in flags:
+                module.training = training
+            for module, name, buffer, value in buffers:
+                module._buffers[name] = buffer
+                if buffer is not None and value is not None and not _same(buffer, value):
+                    buffer.data.copy_(value)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool((a.eq(b) | (a.ne(a) & b.ne(b))).all())
+
+
+@torch.no_grad()
+def observe(model: nn.Module, example_inputs: Any) -> Output:
+    """Run the model once, as `untouched` says."""
+    dtypes: set[torch.dtype] = set()
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        dtypes.update(leaf.dtype for leaf in leaves(output))
+
+    handle = register_module_forward_hook(note)
+    try:
+        with untouched(model):
+            found = tuple(leaf.detach().clone() for leaf in leaves(call(model, example_inputs)))
+    finally:
+        handle.remove()
+    coarsest = max(
+        (dtype for dtype in dtypes if dtype in TOLERANCE), key=TOLERANCE.__getitem__, default=torch.float32
+    )
+    return Output(found, coarsest)
+
+
+def difference(before: Output, after: Output) -> float:
+    """Relative change ‖after − before‖ / ‖before‖ over all floating outputs together.
+
+    Raises:
+        SurgeryError: outputs of different shapes, non-finite values, or no floating output at all.
+    """
+    if [t.shape for t in before.leaves] != [t.shape for t in after.leaves]:
+        raise SurgeryError(
+            f"the output had shapes {[tuple(t.shape) for t in before.leaves]} "
+            f"and has {[tuple(t.shape) for t in after.leaves]}"
+        )
+    change = size = 0.0
+    compared = False
+    for a, b in zip(before.leaves, after.leaves, strict=True):
+        if not (a.is_floating_point() or a.is_complex()):
+            continue
+        compared = True
+        wide = torch.complex128 if a.is_complex() else torch.float64
+        a, b = a.to(wide), b.to(wide)
+        if not (bool(a.isfinite().all()) and bool(b.isfinite().all())):
+            raise SurgeryError("the output is not finite")
+        change += float((a - b).abs().square().sum())
+        size += float(a.abs().square().sum())
+    if not compared:
+        raise SurgeryError("the model returns no floating tensor, so a removal cannot be proven")
+    if change == 0:
+        return 0.0
+    return float("inf") if size == 0 else (change / size) ** 0.5
+
+
+# ------------------------------------------------------------------------------------------------ removal
+
+
+def remove(
+    model: nn.Module,
+    structures: StructureSet,
+    picks: Picks,
+    *,
+    example_inputs: Any,
+    optimizer: Optimizers = None,
+    tolerance: float | None = None,
+) -> StructureSet:
+    """Remove structures, proven by the output on the example inputs.
+
+    Args:
+        model: the model; its structures' slices are set to zero first, whatever they are.
+        structures: the structures that are there now.
+        picks: layer group → original indices to remove.
+        example_inputs: a tensor, a tuple (positional) or a mapping (by keyword) to run the model on.
+        optimizer: optimizer or optimizers whose state follows.
+        tolerance: largest relative change of the output. None: `TOLERANCE` of the coarsest dtype in the model.
+            Layer groups that are declared inexact only need a finite output of the same shape.
+
+    Returns:
+        The structures that are left.
+
+    Raises:
+        SurgeryError: refused or not proven; the message names the layer group and the model is as it was.
+    """
+    picks = {name: tuple(ids) for name, ids in picks.items() if len(ids)}
+    if not picks:
+        return structures
+    check_picks(structures, picks)
+    verdict = _try_remove(model, structures, picks, example_inputs, optimizer, tolerance)
+    if verdict.problem is None:
+        left = structures.without(picks)
+        log.debug("removed %s", {name: len(ids) for name, ids in picks.items()})
+        return left
+    guilty = {}
+    if len(picks) > 1:
+        for name, ids in picks.items():
+            alone = trial(model, structures, {name: ids}, example_inputs, tolerance=tolerance)
+            if alone.problem is not None:
+                guilty[name] = alone.problem
+    guilty = guilty or {", ".join(picks): verdict.problem}
+    raise SurgeryError(
+        "removal undone, the model is as it was: "
+        + "; ".join(f"layer group {name!r}: {reason}" for name, reason in guilty.items())
+    )
+
+
+def check_picks(structures: StructureSet, picks: Picks) -> None:
+    """Refuse what surgery never does.
+
+    Raises:
+        SurgeryError: an unknown layer group or structure, a last structure, or a tensor that would be left empty.
+    """
+    for name, ids in picks.items():
+        group = structures.groups.get(name)
+        if group is None:
+            reason = structures.unprunable.get(name, "there is no such layer group")
+            raise SurgeryError(f"layer group {name!r} cannot be pruned: {reason}")
+        try:
+            rows = group.rows(ids)
+        except KeyError as error:
+            raise SurgeryError(str(error.args[0])) from None
+        if rows.numel() >= len(group):
+            raise SurgeryError(f"layer group {name!r} would lose its last structure ({len(group)} are left)")
+    for (tensor, dim), keep in structures.kept(picks).items():
+        if keep.numel() == 0:
+            raise SurgeryError(
+                f"nothing would be left of {tensor!r} along dimension {dim} (layer groups {', '.join(picks)})"
+            )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a removal did to the output.
+
+    Attributes:
+        change: relative change of the output; None where the smaller model does not run or returns other shapes.
+        problem: why the removal is not accepted, in words for the user; None where it is.
+    """
+
+    change: float | None
+    problem: str | None
+
+
+def trial(
+    model: nn.Module,
+    structures: StructureSet,
+    picks: Picks,
+    example_inputs: Any,
+    *,
+    tolerance: float | None = None,
+) -> Verdict:
+    """Try a removal and undo it."""
+    return _try_remove(model, structures, picks, example_inputs, None, tolerance, keep=False)
+
+
+def _try_remove(
+    model: nn.Module,
+    structures: StructureSet,
+    picks: Picks,
+    example_inputs: Any,
+    optimizer: Optimizers,
+    tolerance: float | None,
+    *,
+    keep: bool = True,
+) -> Verdict:
+    """Zero, run, cut, run, compare. Undone unless it worked and is to be kept.
+
+    Raises:
+        SurgeryError: the cut was refused before anything was touched.
+    """
+    undo = [_zero(model, structures, picks)]
+    done = False
+    try:
+        before = observe(model, example_inputs)
+        undo.append(shrink(model, structures.kept(picks), optimizer))
+        try:
+            change = difference(before, observe(model, example_inputs))
+        except SurgeryError as error:
+            return Verdict(None, str(error))
+        except Exception as error:
+            return Verdict(None, f"the smaller model does not run ({_first_line(error)})")
+        inexact = [name for name in picks if structures.groups[name].inexact]
+        limit = TOLERANCE[before.coarsest] if tolerance is None else tolerance
+        if inexact:
+            log.debug("inexact by nature (%s): the output changes by %.2g", ", ".join(inexact), change)
+        elif change > limit:
+            return Verdict(change, f"the output changes by {change:.2g} (relative), more than {limit:.2g}")
+        done = keep
+        return Verdict(change, None)
+    finally:
+        if not done:
+            for step in reversed(undo):
+                step()
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
