@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from decay_pruning import schedules
 from decay_pruning import reference
+from decay_pruning import structures as structures_module
 from decay_pruning.decay import SLICES, SmoothPruning
 from decay_pruning.engine import Engine
 from decay_pruning.rectify import SelfRectifying
@@ -16,6 +17,12 @@ from decay_pruning.structures import Coupling, LayerGroup, Role, StructureSet
 # A stream of width 6 that a square layer both reads and writes (rows and columns of one structure cross), a hidden
 # width of 5 with batch-norm, and a flatten: three positions of the head for each hidden structure.
 STREAM, HIDDEN = 6, 5
+
+
+@pytest.fixture(autouse=True, params=["flat", "blocks"])
+def path(request, monkeypatch):
+    """Both ways through the tensors: all together, and one by one."""
+    monkeypatch.setattr(structures_module, "_SMALL", 2**16 if request.param == "flat" else 0)
 
 
 def make(seed: int) -> tuple[dict[str, nn.Parameter], StructureSet]:
@@ -65,7 +72,7 @@ def slices_of(structures: StructureSet, group: str, index: int, roles: frozenset
     return [(c.tensor, c.dim, c.position[c.owner == index].tolist()) for c in chosen]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 10_000),
     schedule=st.sampled_from(sorted(schedules.SCHEDULES)),

@@ -156,6 +156,11 @@ class StructureSet:
         return replace(self, groups=groups, sizes=sizes)
 
 
+#: Tensors up to this many elements are handled all together, element by element; larger ones one by one, whole slices
+#: at a time. The first saves kernel launches, the second memory for index maps.
+_SMALL = 2**16
+
+
 class _Sums:
     """Sums of values that share a segment, by padded gather: deterministic on every device, unlike scattering."""
 
@@ -175,37 +180,123 @@ class _Sums:
 
 
 @dataclass(frozen=True)
-class _Block:
-    """Chosen positions along one dimension of one tensor with two or more dimensions."""
+class _Chosen:
+    """The chosen positions of one place while a batch is made: parallel tensors of shape (P,), and where a lower
+    dimension of the same tensor holds chosen structures, too: (dimension, slot of each position there or -1)."""
 
     tensor: str
     dim: int
-    index: Tensor  # (P,) on the tensor's device
-    #: crossings that belong to the same structure through a lower dimension:
-    #: (that dimension, positions there, indices into `index`)
-    holes: tuple[tuple[int, Tensor, Tensor], ...]
+    position: Tensor
+    slot: Tensor
+    lower: tuple[tuple[int, Tensor], ...]
+
+
+class _Flat:
+    """All slices in small tensors, as element indices into their concatenation.
+
+    Slices are numbered in the order of `chosen`; those of one pass (the n-th dimension of each tensor) share no element.
+    """
+
+    def __init__(self, chosen: Sequence[_Chosen], tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        self.names = sorted({c.tensor for c in chosen})
+        ends = torch.tensor([tensors[name].numel() for name in self.names]).cumsum(0).tolist()
+        offset = dict(zip(self.names, [0, *ends], strict=False))
+        elements, lengths, passes = [], [], [0, 0]
+        for c in chosen:
+            shape = tensors[c.tensor].shape
+            every = torch.arange(shape.numel()).view(shape)
+            mine = every.index_select(c.dim, c.position).movedim(c.dim, 0).reshape(c.position.numel(), -1)
+            slot = c.slot[:, None].expand_as(mine)
+            keep = torch.ones_like(mine, dtype=torch.bool)
+            for dim, slot_there in c.lower:  # a crossing of a structure with itself belongs to the lower dimension
+                stride = shape[dim + 1 :].numel()
+                keep &= slot_there[mine // stride % shape[dim]] != slot
+            members, number = torch.unique(c.slot, return_inverse=True)
+            number = number[:, None].expand_as(mine)[keep]
+            elements.append(mine[keep][torch.argsort(number, stable=True)] + offset[c.tensor])
+            lengths.append(torch.bincount(number, minlength=members.numel()))
+            rank = len(c.lower)
+            passes += [0] * (rank + 2 - len(passes))
+            passes[rank + 1] += elements[-1].numel()
+        self._elements = torch.cat(elements).to(device)
+        self._lengths = torch.cat(lengths).to(device)
+        self._offsets = torch.cat([self._lengths.new_zeros(1), self._lengths.cumsum(0)])
+        self._passes = torch.tensor(passes).cumsum(0).tolist()
+        self.slices = self._lengths.numel()
+
+    def joined(self, tensors: Mapping[str, Tensor | None], like: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        parts = [tensors[name] for name in self.names]
+        whole = [torch.zeros_like(like[n]) if t is None else t for n, t in zip(self.names, parts, strict=True)]
+        device = self._elements.device
+        if any(t.dtype != dtype or t.device != device for t in whole):
+            whole = [t.to(device, dtype) for t in whole]
+        return torch.cat([t.reshape(-1) for t in whole])
+
+    def gather(self, tensors: Mapping[str, Tensor | None], like: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        return self.joined(tensors, like, dtype).index_select(0, self._elements)
+
+    def sums(self, values: Tensor) -> Tensor:
+        return torch.segment_reduce(values, "sum", offsets=self._offsets, unsafe=True)
+
+    def scale_(self, tensors: Mapping[str, Tensor], factors: Tensor) -> None:
+        joined = self.joined(tensors, tensors, factors.dtype)
+        each = torch.repeat_interleave(factors, self._lengths, output_size=self._elements.numel())
+        for begin, end in zip(self._passes, self._passes[1:], strict=False):
+            index = self._elements[begin:end]
+            joined.index_copy_(0, index, joined.index_select(0, index).mul_(each[begin:end]))
+        self._write(tensors, joined)
+
+    def zero_(self, tensors: Mapping[str, Tensor]) -> None:
+        dtype = torch.float64 if any(tensors[name].dtype == torch.float64 for name in self.names) else torch.float32
+        self._write(tensors, self.joined(tensors, tensors, dtype).index_fill_(0, self._elements, 0.0))
+
+    def _write(self, tensors: Mapping[str, Tensor], joined: Tensor) -> None:
+        whole = [tensors[name] for name in self.names]
+        parts = joined.split([t.numel() for t in whole])
+        torch._foreach_copy_(whole, [p.view(t.shape) for p, t in zip(parts, whole, strict=True)])
+
+
+class _Block:
+    """Chosen slices along one dimension of one large tensor."""
+
+    def __init__(self, chosen: _Chosen, device: torch.device) -> None:
+        self.tensor, self.dim = chosen.tensor, chosen.dim
+        self._index = chosen.position.to(device)
+        # crossings of a structure with itself: (lower dimension, positions there, indices into `_index`)
+        self._holes = []
+        for dim, slot_there in chosen.lower:
+            at, here = slot_there[:, None].eq(chosen.slot[None, :]).nonzero(as_tuple=True)
+            if at.numel():
+                self._holes.append((dim, at.to(device), here.to(device)))
 
     def gather(self, tensor: Tensor) -> Tensor:
         """The chosen slices, crossings left out (zero), at least single precision."""
-        chosen = tensor.index_select(self.dim, self.index)
+        chosen = tensor.index_select(self.dim, self._index)
         if chosen.dtype in (torch.float16, torch.bfloat16):
             chosen = chosen.float()
-        for dim, at, here in self.holes:
+        for dim, at, here in self._holes:
             chosen.movedim((dim, self.dim), (0, 1))[at, here] = 0
         return chosen
 
-    def others(self, ndim: int) -> list[int]:
-        return [d for d in range(ndim) if d != self.dim]
+    def dot(self, a: Tensor, b: Tensor) -> Tensor:
+        """⟨a, b⟩ of every position, shape (P,)."""
+        rest = [d for d in range(a.ndim) if d != self.dim]
+        if a is b and rest:
+            return torch.linalg.vector_norm(a, dim=rest).square_()
+        return (a * b).sum(rest) if rest else a * b
 
     def scale_(self, tensor: Tensor, factor: Tensor) -> None:
-        chosen = tensor.index_select(self.dim, self.index)
+        chosen = tensor.index_select(self.dim, self._index)
         shape = [1] * tensor.ndim
         shape[self.dim] = -1
         scaled = chosen * factor.view(shape).to(chosen.dtype)
-        for dim, at, here in self.holes:
+        for dim, at, here in self._holes:
             axes = ((dim, self.dim), (0, 1))
             scaled.movedim(*axes)[at, here] = chosen.movedim(*axes)[at, here]
-        tensor.index_copy_(self.dim, self.index, scaled)
+        tensor.index_copy_(self.dim, self._index, scaled)
+
+    def zero_(self, tensor: Tensor) -> None:
+        tensor.index_fill_(self.dim, self._index, 0.0)
 
 
 class SliceBatch:
@@ -216,8 +307,8 @@ class SliceBatch:
     one only, so nothing is measured or scaled twice for one structure. Where rows of one structure cross columns
     of another, the crossing belongs to both.
 
-    No method loops over structures; the work is a few kernels per tensor, and one-dimensional tensors (biases,
-    norms) are handled all together.
+    No method loops over structures. Small tensors (biases, norms, narrow layers) are handled all together with a dozen
+    kernels; each larger one with a few kernels of its own.
 
     Args:
         structures: the current structures.
@@ -244,90 +335,81 @@ class SliceBatch:
                 chosen = mine >= 0
                 if bool(chosen.any()):
                     found.setdefault(c.place, []).append((c.position[chosen], mine[chosen]))
-        self.places = sorted(found, key=lambda place: (tensors[place[0]].ndim > 1, place))
         self.slots = len(self.keys)
 
-        device = tensors[self.places[0][0]].device if self.places else torch.device("cpu")
-        self.device = device
-        self.dtype = torch.float32
-        slice_slot, slice_place, of_position, sizes = [], [], [], []
-        vectors: list[tuple[str, Tensor]] = []
-        blocks: list[_Block] = []
-        slots_at: dict[Place, tuple[Tensor, Tensor]] = {}
-        count = 0
-        for number, place in enumerate(self.places):
-            name, dim = place
-            position = torch.cat([p for p, _ in found[place]])
-            slot = torch.cat([s for _, s in found[place]])
-            order = torch.argsort(position)
-            position, slot = position[order], slot[order]
-            tensor = tensors[name]
-            if tensor.dtype == torch.float64:
-                self.dtype = torch.float64
-            members, inverse = torch.unique(slot, return_inverse=True)
-            slice_slot.append(members)
-            slice_place.append(torch.full_like(members, number))
-            of_position.append(inverse + count)
-            count += members.numel()
-            sizes.append(position.numel())
-            if tensor.ndim == 1:
-                vectors.append((name, position))
-                continue
-            holes = []
-            for (other, lower), (at, theirs) in slots_at.items():
-                if other == name:
-                    row, here = theirs[:, None].eq(slot[None, :]).nonzero(as_tuple=True)
-                    if row.numel():
-                        holes.append((lower, at[row].to(tensor.device), here.to(tensor.device)))
-            slots_at[place] = position, slot
-            blocks.append(_Block(name, dim, position.to(tensor.device), tuple(holes)))
-        self.slice_slot = torch.cat(slice_slot).to(device) if slice_slot else torch.zeros(0, dtype=torch.int64)
-        self.slice_place = torch.cat(slice_place).to(device) if slice_place else torch.zeros(0, dtype=torch.int64)
-        self.slices = count
-        self._blocks = blocks
-        self._vectors = [name for name, _ in vectors]
-        offset = 0
-        flat = []
-        for name, position in vectors:
-            flat.append(position + offset)
-            offset += tensors[name].numel()
-        self._flat = torch.cat(flat).to(device) if flat else torch.zeros(0, dtype=torch.int64, device=device)
-        position_slice = torch.cat(of_position) if of_position else torch.zeros(0, dtype=torch.int64)
-        self._position_slice = position_slice.to(device)
-        self._sizes = [self._flat.numel(), *sizes[len(vectors) :]]
-        self._slice_sums = _Sums(position_slice, count, device)
-        self._slot_sums = _Sums(self.slice_slot.cpu(), self.slots, device)
+        every = [_merge(place, parts, found, tensors) for place, parts in found.items()]
+        small = [c for c in every if tensors[c.tensor].numel() <= _SMALL]
+        small.sort(key=lambda c: (len(c.lower), c.tensor, c.dim))
+        large = [c for c in every if tensors[c.tensor].numel() > _SMALL]
+        large.sort(key=lambda c: (c.tensor, c.dim))
+        ordered = [*small, *large]
+        self.places: list[Place] = [(c.tensor, c.dim) for c in ordered]
+        self.device = tensors[ordered[0].tensor].device if ordered else torch.device("cpu")
+        double = any(tensors[c.tensor].dtype == torch.float64 for c in ordered)
+        self.dtype = torch.float64 if double else torch.float32
+
+        members = [torch.unique(c.slot) for c in ordered]
+        self.slices = sum(m.numel() for m in members)
+        none = torch.zeros(0, dtype=torch.int64)
+        slice_slot = torch.cat([none, *members])
+        self.slice_slot = slice_slot.to(self.device)  #: (slices,)
+        numbers = [torch.full_like(m, i) for i, m in enumerate(members)]
+        self.slice_place = torch.cat([none, *numbers]).to(self.device)  #: (slices,), index into `places`
+        self._flat = _Flat(small, tensors, self.device) if small else None
+        self._blocks = [_Block(c, tensors[c.tensor].device) for c in large]
+        # positions of the blocks → slices, numbered after those of the flat part
+        of_position, count = [none], 0
+        for c, m in zip(large, members[len(small) :], strict=True):
+            of_position.append(torch.searchsorted(m, c.slot) + count)
+            count += m.numel()
+        position_slice = torch.cat(of_position)
+        self._position_slice = (position_slice + self.slices - count).to(self.device)
+        self._position_counts = [c.position.numel() for c in large]
+        self._block_sums = _Sums(position_slice, count, self.device)
+        self._slot_sums = _Sums(slice_slot, self.slots, self.device)
 
     # -- measuring -------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def norms(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """L2 norm of every slice, shape (slices,)."""
-        parts = [self._vector_values(tensors).square()]
-        for block in self._blocks:
-            chosen = block.gather(tensors[block.tensor].detach())
-            norm = torch.linalg.vector_norm(chosen, dim=block.others(chosen.ndim))
-            parts.append(self._home(norm).square())
-        return self._slice_sums(torch.cat(parts)).sqrt()
+        parts = []
+        if self._flat is not None:
+            parts.append(self._flat.sums(self._flat.gather(tensors, tensors, self.dtype).square_()))
+        if self._blocks:
+            squares = []
+            for block in self._blocks:
+                chosen = block.gather(tensors[block.tensor])
+                squares.append(self._home(block.dot(chosen, chosen)))
+            parts.append(self._block_sums(torch.cat(squares)))
+        return torch.cat(parts).sqrt_() if parts else torch.zeros(0, dtype=self.dtype)
 
+    @torch.no_grad()
     def moments(
         self, tensors: Mapping[str, Tensor], others: Mapping[str, Tensor | None]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """⟨a, a⟩, ⟨a, b⟩ and ⟨b, b⟩ of every slice, each of shape (slices,); an absent b counts as zero."""
-        a1 = self._vector_values(tensors)
-        b1 = self._vector_values({n: self._or_zero(others.get(n), tensors[n]) for n in self._vectors})
-        parts = [(a1 * a1, a1 * b1, b1 * b1)]
-        for block in self._blocks:
-            a = block.gather(tensors[block.tensor].detach())
-            other = others.get(block.tensor)
-            rest = block.others(a.ndim)
-            aa = self._home(torch.linalg.vector_norm(a, dim=rest)).square()
-            if other is None:
-                parts.append((aa, torch.zeros_like(aa), torch.zeros_like(aa)))
-                continue
-            b = block.gather(other.detach())
-            bb = self._home(torch.linalg.vector_norm(b, dim=rest)).square()
-            parts.append((aa, self._home((a * b).sum(rest)), bb))
-        aa, ab, bb = (self._slice_sums(torch.cat(part)) for part in zip(*parts, strict=True))
+        parts = []
+        if self._flat is not None:
+            a = self._flat.gather(tensors, tensors, self.dtype)
+            b = self._flat.gather({n: others.get(n) for n in self._flat.names}, tensors, self.dtype)
+            parts.append([self._flat.sums(x) for x in (a * a, a * b, b * b)])
+        if self._blocks:
+            values = []
+            for block in self._blocks:
+                a = block.gather(tensors[block.tensor])
+                other = others.get(block.tensor)
+                aa = self._home(block.dot(a, a))
+                if other is None:
+                    values.append((aa, torch.zeros_like(aa), torch.zeros_like(aa)))
+                    continue
+                b = block.gather(other)
+                values.append((aa, self._home(block.dot(a, b)), self._home(block.dot(b, b))))
+            parts.append([self._block_sums(torch.cat(v)) for v in zip(*values, strict=True)])
+        if not parts:
+            nothing = torch.zeros(0, dtype=self.dtype)
+            return nothing, nothing, nothing
+        aa, ab, bb = (torch.cat(part) for part in zip(*parts, strict=True))
         return aa, ab, bb
 
     def per_slot(self, values: Tensor) -> Tensor:
@@ -343,37 +425,42 @@ class SliceBatch:
     @torch.no_grad()
     def scale_(self, tensors: Mapping[str, Tensor], factors: Tensor) -> None:
         """Multiply every slice by its factor, shape (slices,), in place."""
-        vector, *rest = factors[self._position_slice].split(self._sizes)
-        if self._vectors:
-            whole = [tensors[name] for name in self._vectors]
-            joined = torch.cat([t.detach().to(self.device, self.dtype) for t in whole])
-            joined[self._flat] *= vector
-            torch._foreach_copy_(whole, list(joined.split([t.numel() for t in whole])))
-        for block, factor in zip(self._blocks, rest, strict=True):
+        if self._flat is not None:
+            self._flat.scale_(tensors, factors[: self._flat.slices])
+        for block, factor in zip(
+            self._blocks, factors[self._position_slice].split(self._position_counts), strict=True
+        ):
             tensor = tensors[block.tensor]
             block.scale_(tensor, factor.to(tensor.device))
 
     @torch.no_grad()
     def zero_(self, tensors: Mapping[str, Tensor]) -> None:
         """Set every slice to zero, in place (whatever it holds, infinities included)."""
-        if self._vectors:
-            whole = [tensors[name] for name in self._vectors]
-            joined = torch.cat([t.detach().to(self.device, self.dtype) for t in whole])
-            joined.index_fill_(0, self._flat, 0.0)
-            torch._foreach_copy_(whole, list(joined.split([t.numel() for t in whole])))
+        if self._flat is not None:
+            self._flat.zero_(tensors)
         for block in self._blocks:
-            tensors[block.tensor].index_fill_(block.dim, block.index, 0.0)
-
-    # -- helpers ---------------------------------------------------------------------------------------------
+            block.zero_(tensors[block.tensor])
 
     def _home(self, values: Tensor) -> Tensor:
-        return values.to(self.device, self.dtype)
+        same = values.dtype == self.dtype and values.device == self.device
+        return values if same else values.to(self.device, self.dtype)
 
-    def _vector_values(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        if not self._vectors:
-            return torch.zeros(0, device=self.device, dtype=self.dtype)
-        return torch.cat([self._home(tensors[name].detach()) for name in self._vectors])[self._flat]
 
-    @staticmethod
-    def _or_zero(value: Tensor | None, like: Tensor) -> Tensor:
-        return torch.zeros_like(like) if value is None else value
+def _merge(
+    place: Place,
+    parts: list[tuple[Tensor, Tensor]],
+    found: Mapping[Place, list[tuple[Tensor, Tensor]]],
+    tensors: Mapping[str, Tensor],
+) -> _Chosen:
+    """All that is chosen at one place, by ascending position."""
+    name, dim = place
+    position = torch.cat([p for p, _ in parts])
+    slot = torch.cat([s for _, s in parts])
+    order = torch.argsort(position)
+    lower = []
+    for other, there in sorted(p for p in found if p[0] == name and p[1] < dim):
+        slots = torch.full((tensors[other].shape[there],), -1, dtype=torch.int64)
+        for p, s in found[other, there]:
+            slots[p] = s
+        lower.append((there, slots))
+    return _Chosen(name, dim, position[order], slot[order], tuple(lower))

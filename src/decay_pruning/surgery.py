@@ -158,7 +158,7 @@ def shrink(model: nn.Module, kept: Kept, optimizer: Optimizers = None) -> Callab
     """
     sizes = {place: size_of(model, place) for place in kept}
     for place, keep in kept.items():
-        _check_positions(place, keep, sizes[place])
+        check_positions(place, keep, sizes[place])
     cuts, attributes = _sort_places(model, kept)
     updates = [update for each in _as_list(optimizer) for update in _state_updates(each, cuts)]
 
@@ -199,12 +199,21 @@ def _as_list(optimizer: Optimizers) -> list[Optimizer]:
     return [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
 
 
-def _check_positions(place: Place, keep: Tensor, size: int) -> None:
+def check_positions(place: Place, keep: Tensor, size: int) -> None:
+    """Kept positions ascend within the place and leave something.
+
+    Raises:
+        SurgeryError: they do not.
+    """
     name, dim = place
     if keep.ndim != 1 or keep.dtype != torch.int64:
-        raise SurgeryError(f"kept positions of {name!r} must be a 1-d int64 tensor, not {keep.dtype} {keep.ndim}-d")
+        raise SurgeryError(
+            f"kept positions of {name!r} must be a 1-d int64 tensor, not {keep.dtype} {keep.ndim}-d"
+        )
     if keep.numel() == 0:
-        raise SurgeryError(f"nothing would be left of {name!r} along dimension {dim}; keep at least one structure")
+        raise SurgeryError(
+            f"nothing would be left of {name!r} along dimension {dim}; keep at least one structure"
+        )
     if int(keep[0]) < 0 or int(keep[-1]) >= size or bool((keep[1:] <= keep[:-1]).any()):
         raise SurgeryError(f"kept positions of {name!r}, dimension {dim}, must ascend within 0 … {size - 1}")
 
@@ -249,8 +258,14 @@ def _take(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
     for dim, keep in kept.items():
         new = new.index_select(dim, keep.to(tensor.device))
     channels_last = _CHANNELS_LAST.get(tensor.ndim)
-    if channels_last and tensor.stride(1) < tensor.stride(-1) and tensor.is_contiguous(memory_format=channels_last):
-        new = torch.empty(new.shape, dtype=new.dtype, device=new.device, memory_format=channels_last).copy_(new)
+    if (
+        channels_last
+        and tensor.stride(1) < tensor.stride(-1)
+        and tensor.is_contiguous(memory_format=channels_last)
+    ):
+        new = torch.empty(new.shape, dtype=new.dtype, device=new.device, memory_format=channels_last).copy_(
+            new
+        )
     return new
 
 
@@ -276,9 +291,7 @@ def _set_data(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
     tensor.grad = grad
 
 
-def _state_updates(
-    optimizer: Optimizer, cuts: Sequence[_Cut]
-) -> list[tuple[dict[Any, Any], Any, Tensor]]:
+def _state_updates(optimizer: Optimizer, cuts: Sequence[_Cut]) -> list[tuple[dict[Any, Any], Any, Tensor]]:
     """The optimizer state that changes: (state of a parameter, key, new value). Touches nothing."""
     if isinstance(optimizer, LBFGS):
         raise SurgeryError(
@@ -374,6 +387,10 @@ class Output:
     leaves: tuple[Tensor, ...]
     coarsest: torch.dtype
 
+    @property
+    def finite(self) -> bool:
+        return all(bool(leaf.isfinite().all()) for leaf in self.leaves)
+
 
 def call(model: nn.Module, example_inputs: Any) -> Any:
     """`model(x)` for a tensor, `model(*x)` for a tuple or list, `model(**x)` for a mapping."""
@@ -412,7 +429,9 @@ def untouched(model: nn.Module, seed: int = 0) -> Iterator[None]:
         for name, buffer in module._buffers.items()
     ]
     tensors = [*model.parameters(), *model.buffers()]
-    devices = sorted({t.device.index for t in tensors if t.device.type == "cuda" and t.device.index is not None})
+    devices = sorted(
+        {t.device.index for t in tensors if t.device.type == "cuda" and t.device.index is not None}
+    )
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     tf32 = matmul.allow_tf32, cudnn.allow_tf32
     with torch.random.fork_rng(devices=devices):
@@ -475,8 +494,12 @@ def difference(before: Output, after: Output) -> float:
         compared = True
         wide = torch.complex128 if a.is_complex() else torch.float64
         a, b = a.to(wide), b.to(wide)
-        if not (bool(a.isfinite().all()) and bool(b.isfinite().all())):
-            raise SurgeryError("the output is not finite")
+        for output, when in (
+            (a, "was not finite before anything was cut"),
+            (b, "is not finite after the cut"),
+        ):
+            if not bool(output.isfinite().all()):
+                raise SurgeryError(f"the output {when}")
         change += float((a - b).abs().square().sum())
         size += float(a.abs().square().sum())
     if not compared:

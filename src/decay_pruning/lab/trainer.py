@@ -206,8 +206,8 @@ class History:
 
     Attributes:
         rows: a dict for each of some two hundred steps and for every evaluation, in order. Always: step
-            (optimizer steps taken), epoch, lr, loss (mean since the row before). At evaluations: accuracy (test,
-            percent) and why ("epoch", "removal": the pruner has just met its target, "end"). With a pruner:
+            (optimizer steps taken), epoch, lr, loss (mean since the last row). At evaluations: accuracy (test
+            images, percent) and why ("epoch", "removal": the pruner has just met its target, "end"). With a pruner:
             macs, params, decaying, held, released, removed; and norms (structure → share of its norm that is
             left) of at most `NORMS` structures while any decays.
         steps: optimizer steps taken.

@@ -1,0 +1,332 @@
+"""Tracing: torch-pruning's dependency graph of a model, with its index mappings mended, and a walk over it.
+
+torch-pruning infers the sizes of the parts of a concatenation, split or flatten from the layers around them. Autograd
+knows them exactly, and which part goes where, so these mappings are replaced by exact ones where autograd tells.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch_pruning as tp
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch_pruning import ops
+from torch_pruning._helpers import _HybridIndex
+from torch_pruning.dependency import index_mapping, shape_infer
+
+from decay_pruning import surgery
+from decay_pruning.errors import GraphError
+
+Indices = NDArray[np.int64]
+#: (channel of one layer, channel of the root), parallel (n,) → the same pairs one operation further.
+Mapping = Callable[[Indices, Indices], tuple[Indices, Indices]]
+
+#: Beyond this an index can only come from an index mapping that runs away.
+_LIMIT = 1 << 24
+_EVERYTHING = 1 << 62
+
+
+class Untraceable(Exception):
+    """Why a layer group cannot be described; becomes its reason in `unprunable`."""
+
+
+# --------------------------------------------------------------------------------------------------- tracing
+
+
+def trace(model: nn.Module, example_inputs: Any) -> Any:
+    """torch-pruning's dependency graph; the model is left as it was.
+
+    Raises:
+        GraphError: the model does not run, or its output does not depend on its parameters.
+    """
+
+    def outputs(result: Any) -> list[Tensor]:
+        # One more operation after every output: torch-pruning marks it as an output, whatever made it.
+        found = [leaf * 1 for leaf in surgery.leaves(result) if leaf.grad_fn is not None]
+        if not found:
+            raise GraphError(
+                "no output of the model depends on its parameters, so its layers cannot be traced"
+            )
+        return found
+
+    graph = tp.DependencyGraph()
+    with surgery.untouched(model), _all_trainable(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            graph.build_dependency(
+                model, example_inputs, forward_fn=surgery.call, output_transform=outputs, verbose=False
+            )
+        except GraphError:
+            raise
+        except Exception as error:
+            raise GraphError(
+                f"the model cannot be traced with these example inputs: {type(error).__name__}: {error}"
+            ) from error
+        _mend(graph)
+    return graph
+
+
+@contextmanager
+def _all_trainable(model: nn.Module) -> Iterator[None]:
+    """Gradient recording on, for every parameter: tracing follows autograd, also through frozen layers."""
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+    with torch.inference_mode(False), torch.enable_grad():
+        try:
+            for p in frozen:
+                p.requires_grad_(True)
+            yield
+        finally:
+            for p in frozen:
+                p.requires_grad_(False)
+
+
+# -------------------------------------------------------------------------------------------- index mappings
+
+
+@dataclass(frozen=True)
+class _Shift:
+    """Keep the channels in [first, last), and count them from `to`: one part of a split or concatenation."""
+
+    first: int
+    last: int
+    to: int = 0
+
+    def __call__(self, index: Indices, root: Indices) -> tuple[Indices, Indices]:
+        inside = (index >= self.first) & (index < self.last)
+        return index[inside] - self.first + self.to, root[inside]
+
+
+@dataclass(frozen=True)
+class _Flatten:
+    """Channel i of (B, C, …) → positions of (B, C·stride), or of (B, …, C) → (B, times·C); and back."""
+
+    stride: int = 1  # neighbours that one channel becomes
+    period: int = 0  # distance between the copies of one channel
+    times: int = 1  # how many copies
+    back: bool = False
+
+    def __call__(self, index: Indices, root: Indices) -> tuple[Indices, Indices]:
+        if self.back:
+            return (index % self.period if self.period else index // self.stride), root
+        step = np.arange(self.times) * self.period if self.period else np.arange(self.stride)
+        start = index if self.period else index * self.stride
+        return (start[:, None] + step).reshape(-1), np.repeat(root, step.size)
+
+
+def _mend(graph: Any) -> None:
+    """Replace the index mappings whose sizes autograd knows."""
+    nodes = list(graph.module2node.values())
+    for kind, mend in (
+        (ops.OPTYPE.RESHAPE, _mend_reshape),
+        (ops.OPTYPE.SPLIT, _mend_split),
+        (ops.OPTYPE.CONCAT, _mend_concat),
+    ):
+        for node in nodes:
+            if node.type == kind and getattr(node.grad_fn, "_input_metadata", None):
+                mend(graph, node)
+
+
+def _shape(function: Any, output: int = 0) -> list[int]:
+    """Shape of one output of an autograd node."""
+    return [int(n) for n in function._input_metadata[output].shape]
+
+
+def _width(graph: Any, node: Any) -> int | None:
+    """Number of channels that come out of a node, as torch-pruning infers it."""
+    width = shape_infer.infer_out_channels_recursively(graph, node, [0])
+    return None if width is None else int(width)
+
+
+def _dim(function: Any, ndim: int) -> int:
+    """Dimension that a split or concatenation works on (saved as an unsigned number)."""
+    return ((int(function._saved_dim) + (1 << 63)) % (1 << 64) - (1 << 63)) % ndim
+
+
+def _edges(source: Any, target: Any) -> list[Any]:
+    return [dep for dep in source.dependencies if dep.target is target]
+
+
+def _mend_reshape(graph: Any, node: Any) -> None:
+    """Flatten (B, C, …) or (B, …, C) to (B, N), and the way back."""
+    function, _ = node.grad_fn.next_functions[0]
+    if function is None or not node.inputs:
+        return
+    before, after = _shape(function), _shape(node.grad_fn)
+    wide, flat = (before, after) if len(before) > len(after) else (after, before)
+    if len(flat) != 2 or len(wide) < 3 or flat[0] != wide[0] or flat[1] != math.prod(wide[1:]):
+        return
+    width = _width(graph, node.inputs[0]) if wide is before else None
+    if wide[1] == width or (width is None and len(wide) == 4):
+        forward, backward = _Flatten(flat[1] // wide[1]), _Flatten(flat[1] // wide[1], back=True)
+    elif wide[-1] == width:
+        forward = _Flatten(period=wide[-1], times=flat[1] // wide[-1])
+        backward = _Flatten(period=wide[-1], back=True)
+    else:
+        return
+    if wide is before:
+        pairs = [(node.inputs, forward, backward)]
+        others = node.outputs
+    else:
+        pairs = [(node.outputs, forward, backward)]
+        others = node.inputs
+    for neighbours, towards, away in pairs:
+        for neighbour in neighbours:
+            for dep in _edges(neighbour, node):
+                dep.index_mapping[0] = towards
+            for dep in _edges(node, neighbour):
+                dep.index_mapping[0] = away
+    for neighbour in others:
+        for dep in [*_edges(neighbour, node), *_edges(node, neighbour)]:
+            if isinstance(dep.index_mapping[0], index_mapping._FlattenIndexMapping):
+                dep.index_mapping[0] = None
+
+
+def _mend_split(graph: Any, node: Any) -> None:
+    """Give each consumer its own part."""
+    function, _ = node.grad_fn.next_functions[0]
+    if function is None:
+        return
+    parts = len(node.grad_fn._input_metadata)
+    dim = _dim(node.grad_fn, len(_shape(node.grad_fn)))
+    sizes = [_shape(node.grad_fn, part)[dim] for part in range(parts)]
+    if len(_shape(node.grad_fn)) > 2 and _width(graph, node.inputs[0]) != sum(sizes):
+        return  # along another dimension than the channels
+    node.module.split_sizes = sizes
+    first = np.cumsum([0, *sizes]).tolist()
+    for consumer in dict.fromkeys(node.outputs):
+        read = [part for source, part in consumer.grad_fn.next_functions if source is node.grad_fn]
+        for part, dep in zip(read, _edges(node, consumer), strict=False):
+            dep.index_mapping[0] = _Shift(first[part], first[part + 1])
+        for part, dep in zip(read, _edges(consumer, node), strict=False):
+            dep.index_mapping[0] = _Shift(0, sizes[part], first[part])
+
+
+def _mend_concat(graph: Any, node: Any) -> None:
+    """Give each input its own span, also beside inputs that depend on no parameter."""
+    functions = node.grad_fn.next_functions
+    whole = _shape(node.grad_fn)
+    dim = _dim(node.grad_fn, len(whole))
+    known = [None if f is None else _shape(f, part)[dim] for f, part in functions]
+    if known.count(None) > 1:
+        return
+    rest = whole[dim] - sum(size for size in known if size is not None)
+    sizes = [rest if size is None else size for size in known]
+    first = np.cumsum([0, *sizes]).tolist()
+    parameters = {id(p) for p, _ in graph.unwrapped_parameters}
+    traced = [k for k, (f, _) in enumerate(functions) if f is not None and _is_traced(f, parameters)]
+    if len(traced) != len(node.inputs):
+        return
+    if len(whole) > 2:
+        for k, source in zip(traced, node.inputs, strict=True):
+            if source.type != ops.OPTYPE.SPLIT and _width(graph, source) not in (None, sizes[k]):
+                return  # along another dimension than the channels
+    for source in dict.fromkeys(node.inputs):
+        spans = [k for k, each in zip(traced, node.inputs, strict=True) if each is source]
+        for k, dep in zip(spans, _edges(source, node), strict=False):
+            dep.index_mapping[1] = _Shift(0, sizes[k], first[k])
+        for k, dep in zip(spans, _edges(node, source), strict=False):
+            # Out of the concatenation first, then back through the split or flatten before it.
+            dep.index_mapping[:] = [_Shift(first[k], first[k + 1]), dep.index_mapping[0]]
+
+
+def _is_traced(function: Any, parameters: set[int]) -> bool:
+    """Whether torch-pruning makes a node of an autograd node: all but leaves that are no bare parameters."""
+    return not hasattr(function, "variable") or id(function.variable) in parameters
+
+
+def _apply(mapping: Any, index: Indices, root: Indices) -> tuple[Indices, Indices]:
+    """An index mapping on arrays: ours, or torch-pruning's, which take lists of pairs."""
+    if isinstance(mapping, _Shift | _Flatten):
+        return mapping(index, root)
+    if isinstance(mapping, index_mapping._FlattenIndexMapping):
+        return _Flatten(int(mapping._stride), back=mapping.reverse)(index, root)
+    if isinstance(mapping, index_mapping._ConcatIndexMapping | index_mapping._SplitIndexMapping):
+        first, last = mapping.offset
+        narrows = mapping.reverse == isinstance(mapping, index_mapping._ConcatIndexMapping)
+        return _Shift(first, last)(index, root) if narrows else _Shift(0, _EVERYTHING, first)(index, root)
+    if isinstance(mapping, index_mapping._SliceIndexMapping):
+        first, last, step = int(mapping.start), int(mapping.end), int(mapping.step)
+        if mapping.reverse:
+            return index * step + first, root
+        inside = (index >= first) & (index < last) & ((index - first) % step == 0)
+        return (index[inside] - first) // step, root[inside]
+    pairs = mapping([_HybridIndex(idx=int(i), root_idx=int(r)) for i, r in zip(index, root, strict=True)])
+    return (
+        np.array([pair.idx for pair in pairs], dtype=np.int64),
+        np.array([-1 if pair.root_idx is None else pair.root_idx for pair in pairs], dtype=np.int64),
+    )
+
+
+# --------------------------------------------------------------------------------------------------- walking
+
+
+@dataclass
+class Item:
+    """One side of one layer that a layer group touches.
+
+    Attributes:
+        dep: torch-pruning's dependency that led here first.
+        index, root: parallel (n,): channel of this layer, channel of the root that it goes with.
+    """
+
+    dep: Any
+    index: Indices
+    root: Indices
+
+    @property
+    def node(self) -> Any:
+        return self.dep.target
+
+    @property
+    def outward(self) -> bool:
+        """The output side of a layer, or both sides where they are one (norms, depthwise convolutions)."""
+        return bool(self.dep.handler.__name__ == "prune_out_channels")
+
+
+def walk(node: Any, handler: Any, width: int) -> list[Item]:
+    """Everything coupled to the `width` output channels of a node, the root itself first.
+
+    Raises:
+        Untraceable: an index mapping leaves the range of sensible indices.
+    """
+    start = tp.dependency.Dependency(handler, handler, source=node, target=node)
+    everything = np.arange(width, dtype=np.int64)
+    found: dict[tuple[Any, Any], Item] = {}
+    seen: dict[tuple[Any, Any], Indices] = {}
+    todo = [(start, everything, everything)]
+    while todo:
+        dep, index, root = todo.pop()
+        if index.size and (index.min() < 0 or index.max() >= _LIMIT or root.min() < 0):
+            raise Untraceable(
+                f"torch-pruning loses track of its channels at {dep.target.name.split(' ')[0]!r}"
+            )
+        key = (dep.target, dep.handler)
+        code = np.unique(index * width + root)
+        if key in seen:
+            code = np.setdiff1d(code, seen[key], assume_unique=True)
+        if not code.size:
+            continue
+        index, root = code // width, code % width
+        if key in seen:
+            seen[key] = np.union1d(seen[key], code)
+            item = found[key]
+            item.index, item.root = np.append(item.index, index), np.append(item.root, root)
+        else:
+            seen[key], found[key] = code, Item(dep, index, root)
+        for onward in dep.target.dependencies:
+            if onward.is_triggered_by(dep.handler):
+                i, r = index, root
+                for mapping in onward.index_mapping:
+                    if mapping is not None:
+                        i, r = _apply(mapping, i, r)
+                if i.size:
+                    todo.append((onward, i, r))
+    return list(found.values())

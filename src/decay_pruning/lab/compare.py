@@ -1,0 +1,399 @@
+"""Paired comparison of arms: same seed, same dense start, same data order, same number of steps.
+
+| arm | what it does from the dense start on |
+|---|---|
+| dense | trains on, unpruned |
+| single | prunes as the host alone would: N = 1, never releases |
+| sp | Smooth Pruning: N steps, never releases |
+| sr | Smooth Pruning with Self-Rectifying |
+
+Arms differ by two settings, `smooth` and `rectify`, and by nothing else.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from decay_pruning import manifest
+from decay_pruning.budget import latency, measure
+from decay_pruning.decay import SmoothPruning
+from decay_pruning.engine import Event
+from decay_pruning.errors import ConfigError, DecayPruningError, ManifestError
+from decay_pruning.hosts import DepGraph
+from decay_pruning.lab import models, results, settings
+from decay_pruning.lab.data import Data
+from decay_pruning.lab.recipe import Prune, Recipe
+from decay_pruning.lab.results import ARMS, Line, Result, Run
+from decay_pruning.lab.trainer import NORMS, History, Step, TrainSettings, evaluate, train
+from decay_pruning.pruner import Progress, Pruner
+from decay_pruning.rectify import SelfRectifying
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is being trained: a seed's "dense" start, its "sparse" learning, or one of its arms."""
+
+    phase: str
+    seed: int
+    is_start: bool = False
+
+
+#: Called after every optimizer step.
+Watch = Callable[[Job, Step], None]
+
+
+def settings_of(arm: str, prune: Prune) -> tuple[SmoothPruning, SelfRectifying | None] | None:
+    """How an arm fades and rectifies; None for `dense`, which does not prune.
+
+    Raises:
+        ConfigError: no such arm.
+    """
+    if arm == "dense":
+        return None
+    if arm == "single":
+        return replace(prune.smooth, steps=1), None
+    if arm == "sp":
+        return prune.smooth, None
+    if arm == "sr":
+        return prune.smooth, prune.rectify or SelfRectifying()
+    near = settings.nearest(arm, ARMS)
+    hint = f"; did you mean {near!r}?" if near else ""
+    raise ConfigError(f"no arm is called {arm!r}; choose from {', '.join(ARMS)}{hint}")
+
+
+def arm_of(prune: Prune) -> str:
+    """The arm that a recipe's own settings amount to."""
+    if prune.smooth.steps == 1:
+        return "single"
+    return "sr" if prune.rectify is not None else "sp"
+
+
+def compare(
+    recipe: Recipe,
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    out: str | Path,
+    *,
+    command: str = "",
+    watch: Watch | None = None,
+    on_run: Callable[[Run], None] | None = None,
+) -> Result:
+    """Run every arm with every seed that the result file in `out` does not hold yet.
+
+    Args:
+        recipe: what to do.
+        arms: of "dense", "single", "sp", "sr".
+        seeds: each gives one dense start, and one run of each arm from it.
+        out: folder for `result.json`, written after each run, dense starts, and models if the recipe keeps them.
+        command: noted in the result.
+        watch: called after every optimizer step, for progress bars.
+        on_run: called when a run is done.
+
+    Raises:
+        ConfigError: unknown arms, or a result in `out` that belongs to another recipe.
+        Whatever a run raises, with arm and seed in front.
+    """
+    if not arms or not seeds:
+        raise ConfigError("a comparison needs at least one arm and one seed")
+    for arm in arms:
+        settings_of(arm, recipe.prune)
+    out = Path(out)
+    file = out / "result.json"
+    data = recipe.data.load()
+    result = _result(file, recipe, data, command)
+    arms = sorted(set(arms), key=ARMS.index)
+    for seed in dict.fromkeys(seeds):
+        todo = [arm for arm in arms if result.find(arm, seed) is None]
+        if not todo:
+            continue
+        model = dense_start(recipe, data, seed, out / "starts", watch)
+        for arm in todo:
+            try:
+                model_file = out / "models" / f"{arm}-{seed}.safetensors" if recipe.report.save_models else None
+                run = run_arm(recipe, arm, seed, data, model, watch=watch, save_to=model_file)
+            except DecayPruningError as error:
+                raise type(error)(f"arm {arm}, seed {seed}: {error}") from error
+            result = result.with_run(run)
+            if _is_main():
+                result.save(file)
+            if on_run is not None:
+                on_run(run)
+    return result
+
+
+def dense_start(
+    recipe: Recipe, data: Data, seed: int, folder: Path, watch: Watch | None = None
+) -> nn.Module:
+    """The model that all arms of a seed start from, on the device; kept in `folder` by a hash of its settings.
+
+    Raises:
+        ManifestError: the weights that the recipe names are missing or do not fit.
+    """
+    model = recipe.model.build(data, seed)
+    given = recipe.dense.weights
+    if given is not None:
+        models.load_weights(model, given)
+    if given is None or recipe.sparse is not None:
+        file = folder / f"seed{seed}-{recipe.key_of_start(data, seed)}.safetensors"
+        if file.is_file():
+            logger.info("dense start of seed %d from %s", seed, file)
+            models.load_weights(model, file)
+        else:
+            if given is None:
+                _train(recipe, recipe.dense, model, data, seed, Job("dense", seed, True), watch)
+            if recipe.sparse is not None:
+                _learn_sparsity(recipe, model, data, seed, watch)
+            if _is_main():
+                _save_weights(model, file)
+    return model.to(_device(recipe))
+
+
+def run_arm(
+    recipe: Recipe,
+    arm: str,
+    seed: int,
+    data: Data,
+    start: nn.Module,
+    *,
+    watch: Watch | None = None,
+    save_to: Path | None = None,
+) -> Run:
+    """One arm from the dense start to the last step of the phase `prune`.
+
+    Args:
+        start: the dense start; it is not touched.
+        save_to: where to save the model, as `decay_pruning.save` does.
+
+    Raises:
+        GraphError, SurgeryError, BudgetError: see `Pruner`.
+    """
+    prune, chosen = recipe.prune, settings_of(arm, recipe.prune)
+    model = copy.deepcopy(start)
+    recorder = _Recorder()
+
+    def attach(model: nn.Module, example: Tensor, optimizer: Optimizer, total: int) -> Pruner:
+        assert chosen is not None
+        return Pruner(
+            model,
+            example[:1],
+            optimizer,
+            prune.target,
+            host=prune.host,
+            smooth=chosen[0],
+            rectify=chosen[1],
+            total_steps=total,
+            start=round(prune.start * total / prune.epochs),
+            on_event=recorder,
+        )
+
+    accuracy_start = evaluate(start, data)
+    job = Job(arm, seed)
+    history = _train(recipe, prune, model, data, seed, job, watch, attach if chosen else None)
+    one = torch.zeros(1, *data.shape, device=_device(recipe))
+    before, after = measure(start, one), measure(model, one)
+    if save_to is not None and _is_main():
+        save_to.parent.mkdir(parents=True, exist_ok=True)
+        manifest.save(model, save_to)
+    batch = one.new_zeros(recipe.report.latency_batch, *data.shape)
+    return Run(
+        arm=arm,
+        seed=seed,
+        accuracy=history.accuracy,
+        accuracy_start=accuracy_start,
+        accuracy_removed=history.accuracy_after_removal,
+        macs=(before.macs, after.macs),
+        params=(before.params, after.params),
+        latency=(latency(start, batch), latency(model, batch)),
+        steps=history.steps,
+        seconds=round(history.seconds, 3),
+        rows=[_row(row) for row in history.rows],
+        events=recorder.counts(),
+        lines=recorder.lines(history.rows),
+        report=history.report.to_dict() if history.report is not None else None,
+    )
+
+
+# -- inside ----------------------------------------------------------------------------------------------------
+
+
+def _train(
+    recipe: Recipe,
+    how: TrainSettings,
+    model: nn.Module,
+    data: Data,
+    seed: int,
+    job: Job,
+    watch: Watch | None,
+    attach: Callable[[nn.Module, Tensor, Optimizer, int], Any] | None = None,
+) -> History:
+    return train(
+        model,
+        data,
+        how,
+        seed=seed,
+        pruner_factory=attach,
+        on_step=(lambda step: watch(job, step)) if watch is not None else None,
+        eval_every=recipe.report.eval_every,
+        cpu=recipe.device == "cpu",
+        workers=recipe.data.workers,
+    )
+
+
+def _learn_sparsity(recipe: Recipe, model: nn.Module, data: Data, seed: int, watch: Watch | None) -> None:
+    sparse = recipe.sparse
+    assert sparse is not None
+    host = recipe.prune.host
+    if not isinstance(host, DepGraph):
+        raise ConfigError("[sparse] belongs to the host 'depgraph'; leave the section out for other hosts")
+
+    def attach(model: nn.Module, example: Tensor, optimizer: Optimizer, total: int) -> _Preparation:
+        regularised = replace(host, sparse=sparse.learning)
+        never = SmoothPruning.one_step()
+        target = recipe.prune.target
+        return _Preparation(
+            Pruner(model, example[:1], optimizer, target, host=regularised, smooth=never, start=total + 1)
+        )
+
+    _train(recipe, sparse, model, data, seed, Job("sparse", seed, True), watch, attach)
+
+
+@dataclass
+class _Preparation:
+    """A pruner that adds its host's regulariser to the gradients, and leaves before its first pick."""
+
+    pruner: Pruner
+    done: bool = False
+
+    def progress(self) -> Progress:
+        return self.pruner.progress()
+
+    def norms(self) -> Mapping[str, float]:
+        return {}
+
+    def finish(self) -> None:
+        self.pruner.engine.detach()
+
+
+@dataclass
+class _Recorder:
+    """Takes down events, and puts the norms of a run together from them and the trainer's samples."""
+
+    events: list[Event] = field(default_factory=list)
+
+    def __call__(self, event: Event) -> None:
+        self.events.append(event)
+
+    def counts(self) -> list[dict[str, Any]]:
+        """How many structures of which layer group were picked, released, removed at which step."""
+        total: Counter[tuple[int, str, str]] = Counter()
+        for event in self.events:
+            total[event.step, event.kind, event.group] += len(event.indices)
+        return [{"step": s, "kind": k, "group": g, "count": n} for (s, k, g), n in total.items()]
+
+    def lines(self, rows: Iterable[Mapping[str, Any]], most: int = NORMS) -> tuple[Line, ...]:
+        """From each pick of a followed structure to its end."""
+        lives: dict[str, list[tuple[int, str]]] = {}
+        for event in self.events:
+            for index in event.indices:
+                lives.setdefault(f"{event.group}:{index}", []).append((event.step, event.kind))
+        samples: dict[str, list[tuple[int, float]]] = {}
+        for row in rows:
+            for name, value in row.get("norms", {}).items():
+                samples.setdefault(name, []).append((int(row["step"]), round(float(value), 4)))
+        names = [name for name in samples if name in lives]
+        if not names:  # nothing was caught in mid-decay: one-step pruning
+            every = max(1, -(-len(lives) // most))
+            names = list(lives)[::every]
+        return tuple(line for name in names for line in _lines(name, lives[name], samples.get(name, [])))
+
+
+def _lines(name: str, life: list[tuple[int, str]], samples: list[tuple[int, float]]) -> list[Line]:
+    lines = []
+    for i, (step, kind) in enumerate(life):
+        if kind != "picked":
+            continue
+        end, how = life[i + 1] if i + 1 < len(life) else (None, "")
+        points = [(step, 1.0), *((s, v) for s, v in samples if s > step and (end is None or s < end))]
+        if end is not None:
+            points.append((end, 0.0 if how == "removed" else points[-1][1]))
+        lines.append(Line(name, how, tuple(points)))
+    return lines
+
+
+def _row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of the history without norms (kept as lines), and with no more digits than mean something."""
+    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items() if k != "norms"}
+
+
+def _result(file: Path, recipe: Recipe, data: Data, command: str) -> Result:
+    """The result in `file` to go on with, or a new one.
+
+    Raises:
+        ConfigError: it was made with other settings.
+    """
+    values = recipe.to_dict()
+    for path in (recipe.data.root, recipe.dense.weights):
+        if path:
+            command = command.replace(path, Path(path).name)
+    facts = {
+        "name": data.name,
+        "note": data.note,
+        "train": len(data.labels("train")),
+        "test": len(data.labels("test")),
+        "labels": hashlib.sha256(data.labels("test").numpy().tobytes()).hexdigest()[:12],
+    }
+    new = Result.new(values, facts, command, str(_device(recipe)))
+    if not file.is_file():
+        return new
+    old = results.load(file)
+    changed = results.differences({**_decisive(old.recipe), "images": old.data}, {**_decisive(new.recipe), "images": facts})
+    if changed:
+        raise ConfigError(
+            f"{file} holds results of another recipe ({'; '.join(changed[:3])}): choose another --out, or move it away"
+        )
+    return old
+
+
+def _decisive(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe without what does not change a figure."""
+    values = {k: v for k, v in recipe.items() if k not in ("name", "title")}
+    values["data"] = {k: v for k, v in values["data"].items() if k not in ("root", "workers")}
+    values["report"] = {k: v for k, v in values["report"].items() if k != "save_models"}
+    return values
+
+
+def _save_weights(model: nn.Module, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, partial)
+        os.replace(partial, file)
+    except OSError as error:
+        raise ManifestError(f"cannot save the dense start to {file}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _device(recipe: Recipe) -> torch.device:
+    if recipe.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"

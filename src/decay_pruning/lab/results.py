@@ -1,0 +1,308 @@
+"""Result files: one JSON for all runs of a comparison, and what can be read off it.
+
+A result is written anew, atomically, after each run, so that a comparison can be stopped at any time and goes on where
+it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from decay_pruning.errors import ConfigError
+from decay_pruning.lab import settings
+from decay_pruning.lab.stats import Difference, Spread, paired, spread
+
+FORMAT = 1
+#: Arms in the order of tables; see DESIGN: one column of a comparison.
+ARMS = ("dense", "single", "sp", "sr")
+#: What the arms are called where there is room.
+TITLES = {
+    "dense": "not pruned",
+    "single": "one step",
+    "sp": "Smooth Pruning",
+    "sr": "SP + Self-Rectifying",
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """The norm of one structure from a pick to its end.
+
+    Attributes:
+        name: "layer group:index".
+        end: "removed", "released", or "" where it was still decaying at the end.
+        points: (optimizer step, norm over norm at the pick).
+    """
+
+    name: str
+    end: str
+    points: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm with one seed.
+
+    Attributes:
+        accuracy: top-1 on the test images after the last step, in percent.
+        accuracy_start: of the dense start.
+        accuracy_removed: just after the last removal, before any further step; None for `dense`.
+        macs, params, structures: before and after, for one image.
+        latency: median seconds of a forward pass, before and after.
+        steps, seconds: optimizer steps from the dense start, and the time that they took.
+        rows: what the trainer recorded, see `trainer.History`.
+        events: counts of picked, released and removed structures by step and layer group.
+        lines: norms of some structures, where kept.
+        report: `PruningReport.to_dict()`, or None for `dense`.
+    """
+
+    arm: str
+    seed: int
+    accuracy: float
+    accuracy_start: float
+    accuracy_removed: float | None
+    macs: tuple[int, int]
+    params: tuple[int, int]
+    latency: tuple[float, float]
+    steps: int
+    seconds: float
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    lines: tuple[Line, ...] = ()
+    report: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """All runs of a comparison, and what is needed to repeat them.
+
+    Attributes:
+        recipe: `Recipe.to_dict()`, paths shortened to their last part.
+        data: name, note, and how many images of each part.
+        versions, machine: what it ran with and on.
+    """
+
+    recipe: dict[str, Any]
+    data: dict[str, Any]
+    command: str = ""
+    created: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+    runs: tuple[Run, ...] = ()
+    format: int = FORMAT
+
+    @classmethod
+    def new(cls, recipe: Mapping[str, Any], data: Mapping[str, Any], command: str, device: str) -> Result:
+        """Without runs yet; notes time, versions and machine."""
+        return cls(
+            recipe=anonymous(recipe),
+            data=dict(data),
+            command=command,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            versions=versions(),
+            machine=machine(device),
+        )
+
+    def find(self, arm: str, seed: int) -> Run | None:
+        """The run of this arm and seed, if it is there."""
+        return next((run for run in self.runs if (run.arm, run.seed) == (arm, seed)), None)
+
+    def of(self, arm: str) -> list[Run]:
+        """All runs of an arm, by seed."""
+        return sorted((run for run in self.runs if run.arm == arm), key=lambda run: run.seed)
+
+    @property
+    def arms(self) -> list[str]:
+        """Arms that have a run, in the order of tables."""
+        present = {run.arm for run in self.runs}
+        return [arm for arm in ARMS if arm in present] + sorted(present - set(ARMS))
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds that have a run."""
+        return sorted({run.seed for run in self.runs})
+
+    def with_run(self, run: Run) -> Result:
+        """This result and one more run, in place of an earlier one of the same arm and seed."""
+        others = [r for r in self.runs if (r.arm, r.seed) != (run.arm, run.seed)]
+        return replace(self, runs=tuple(sorted([*others, run], key=lambda r: (r.seed, _order(r.arm)))))
+
+    def save(self, path: str | Path) -> None:
+        """Write to `path`, atomically: a reader sees the old file or the new one."""
+        values = settings.plain(self)
+        runs = values.pop("runs")
+        head = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False)
+        lines = ",\n".join(json.dumps(_finite(run), ensure_ascii=False, separators=(",", ":")) for run in runs)
+        write(path, f'{head[:-2]},\n "runs": [\n{lines}\n]\n}}\n')
+
+
+def load(path: str | Path) -> Result:
+    """Read a result file.
+
+    Raises:
+        ConfigError: no such file, not a result, or one of another format.
+    """
+    path = Path(path)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = sorted(str(p) for p in path.parent.glob("**/result*.json")) if path.parent.is_dir() else []
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"there is no result file {path}{hint}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path} is not a readable result file: {error}") from None
+    if not isinstance(values, dict) or "runs" not in values or "recipe" not in values:
+        raise ConfigError(f"{path} is JSON, but not a result of `decay-pruning compare` or `run`")
+    if values.get("format") != FORMAT:
+        raise ConfigError(f"{path} has format {values.get('format')}; this version reads format {FORMAT}")
+    try:
+        return settings.build(Result, values)
+    except ConfigError as error:
+        raise ConfigError(f"{path} is damaged: {error}") from None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One arm over its seeds. Accuracies in percent, shares in percent of the dense start, latencies in ms.
+
+    Attributes:
+        difference: of accuracy to `single`, paired by seed; None for `single` itself and where there is none.
+        speedup: median over seeds of latency before over latency after.
+        picked, released: structures per run, mean.
+    """
+
+    arm: str
+    accuracy: Spread
+    removed: Spread | None
+    difference: Difference | None
+    macs: Spread
+    params: Spread
+    latency: Spread
+    speedup: float
+    picked: float
+    released: float
+
+
+def summarise(result: Result) -> list[Summary]:
+    """Every arm over its seeds, in the order of tables."""
+    return [_summary(result, arm) for arm in result.arms]
+
+
+def _summary(result: Result, arm: str) -> Summary:
+    runs = result.of(arm)
+    removed = [run.accuracy_removed for run in runs if run.accuracy_removed is not None]
+    pairs = [(single, run) for run in runs if (single := result.find("single", run.seed)) is not None]
+    difference = None
+    if arm != "single" and pairs:
+        difference = paired([a.accuracy for a, _ in pairs], [b.accuracy for _, b in pairs])
+    ratios = sorted(run.latency[0] / run.latency[1] for run in runs if run.latency[1] > 0)
+    reports = [run.report or {} for run in runs]
+    return Summary(
+        arm=arm,
+        accuracy=spread([run.accuracy for run in runs]),
+        removed=spread(removed) if removed else None,
+        difference=difference,
+        macs=spread([100 * run.macs[1] / run.macs[0] for run in runs]),
+        params=spread([100 * run.params[1] / run.params[0] for run in runs]),
+        latency=spread([1000 * run.latency[1] for run in runs]),
+        speedup=ratios[len(ratios) // 2] if ratios else 1.0,
+        picked=spread([float(report.get("picked", 0)) for report in reports]).mean,
+        released=spread([float(report.get("released", 0)) for report in reports]).mean,
+    )
+
+
+def differences(first: Mapping[str, Any], second: Mapping[str, Any], at: str = "") -> list[str]:
+    """Dotted keys in which two trees of plain values differ."""
+    found = []
+    for key in dict.fromkeys([*first, *second]):
+        a, b = first.get(key), second.get(key)
+        here = f"{at}.{key}" if at else str(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, here)
+        elif a != b:
+            found.append(f"{here}: {a!r} there, {b!r} now")
+    return found
+
+
+def anonymous(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's values with the paths of data and weights cut down to their last part: they name a machine."""
+    values = {k: dict(v) if isinstance(v, Mapping) else v for k, v in recipe.items()}
+    for section, key in (("data", "root"), ("dense", "weights")):
+        if values.get(section, {}).get(key):
+            values[section][key] = Path(values[section][key]).name
+    return values
+
+
+def write(path: str | Path, text: str) -> None:
+    """Write a text file atomically; its folder is made if need be."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of what the figures depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("decay-pruning", "torch", "torch-pruning", "accelerate", "numpy"):
+        try:
+            found[name] = torch.__version__ if name == "torch" else version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Processor, cores, threads and accelerator: what a latency depends on, and nothing that names its owner."""
+    cuda = device.startswith("cuda")
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if cuda else "CPU",
+    }
+
+
+def _processor() -> str:
+    if sys.platform == "linux":
+        try:
+            lines: Iterable[str] = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        except (OSError, StopIteration):
+            pass
+    return platform.processor() or "unknown"
+
+
+def _order(arm: str) -> tuple[int, str]:
+    return (ARMS.index(arm) if arm in ARMS else len(ARMS), arm)
+
+
+def _finite(value: Any) -> Any:
+    """Numbers that JSON knows: what is not finite becomes null."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and not (value - value == 0):
+        return None
+    return value
