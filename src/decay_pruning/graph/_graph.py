@@ -472,6 +472,7 @@ def _resolve_ignored(model: nn.Module, ignored: Sequence[str | nn.Module | type]
             continue
         if isinstance(each, str) and each not in modules:
             raise ConfigError(f"ignored: the model has no layer {each!r}{_nearest(each, modules)}")
+        roots: list[nn.Module]
         if isinstance(each, type):
             roots = [module for module in modules.values() if isinstance(module, each)]
         else:

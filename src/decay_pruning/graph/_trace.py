@@ -6,6 +6,7 @@ knows them exactly, and which part goes where, so these mappings are replaced by
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,10 +21,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch_pruning import ops
 from torch_pruning._helpers import _HybridIndex
-from torch_pruning.dependency import index_mapping, shape_infer
+from torch_pruning.dependency import index_mapping
 
 from decay_pruning import surgery
 from decay_pruning.errors import GraphError
+
+log = logging.getLogger(__name__)
 
 Indices = NDArray[np.int64]
 #: (channel of one layer, channel of the root), parallel (n,) → the same pairs one operation further.
@@ -67,9 +70,11 @@ def trace(model: nn.Module, example_inputs: Any) -> Any:
         except GraphError:
             raise
         except Exception as error:
-            raise GraphError(
-                f"the model cannot be traced with these example inputs: {type(error).__name__}: {error}"
-            ) from error
+            if not getattr(graph, "module2node", None):
+                raise GraphError(
+                    f"the model cannot be traced with these example inputs: {type(error).__name__}: {error}"
+                ) from error
+            log.debug("torch-pruning could not infer all index mappings (%r); going on with our own", error)
         _mend(graph)
     return graph
 
@@ -139,10 +144,37 @@ def _shape(function: Any, output: int = 0) -> list[int]:
     return [int(n) for n in function._input_metadata[output].shape]
 
 
-def _width(graph: Any, node: Any) -> int | None:
-    """Number of channels that come out of a node, as torch-pruning infers it."""
-    width = shape_infer.infer_out_channels_recursively(graph, node, [0])
-    return None if width is None else int(width)
+def _width(graph: Any, node: Any, seen: set[int] | None = None) -> int | None:
+    """Number of channels that come out of a node: the layer's own, or those of the layers before it."""
+    own = graph.get_out_channels(node)
+    if own is not None:
+        return int(own)
+    shape = _shape(node.grad_fn) if getattr(node.grad_fn, "_input_metadata", None) else []
+    if len(shape) == 2:
+        return shape[1]
+    seen = {id(node)} if seen is None else seen
+    for source in node.inputs:
+        if id(source) in seen:
+            continue
+        seen.add(id(source))
+        width = _width(graph, source, seen)
+        if source.type == ops.OPTYPE.SPLIT and width is not None:
+            part = next((k for f, k in node.grad_fn.next_functions if f is source.grad_fn), 0)
+            sizes = _sizes(source.grad_fn)
+            width = sizes[part] if sum(sizes) == width else width
+        if width is not None and node.type == ops.OPTYPE.CONCAT:
+            dim = _dim(node.grad_fn, len(shape))
+            mine = next((_shape(f, k)[dim] for f, k in node.grad_fn.next_functions if f is source.grad_fn), None)
+            return shape[dim] if mine == width else width
+        if width is not None:
+            return width
+    return None
+
+
+def _sizes(split: Any) -> list[int]:
+    """Sizes of the parts of a split along its dimension."""
+    dim = _dim(split, len(_shape(split)))
+    return [_shape(split, part)[dim] for part in range(len(split._input_metadata))]
 
 
 def _dim(function: Any, ndim: int) -> int:
@@ -194,9 +226,7 @@ def _mend_split(graph: Any, node: Any) -> None:
     function, _ = node.grad_fn.next_functions[0]
     if function is None:
         return
-    parts = len(node.grad_fn._input_metadata)
-    dim = _dim(node.grad_fn, len(_shape(node.grad_fn)))
-    sizes = [_shape(node.grad_fn, part)[dim] for part in range(parts)]
+    sizes = _sizes(node.grad_fn)
     if len(_shape(node.grad_fn)) > 2 and _width(graph, node.inputs[0]) != sum(sizes):
         return  # along another dimension than the channels
     node.module.split_sizes = sizes

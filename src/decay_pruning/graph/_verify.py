@@ -102,7 +102,7 @@ def _random_values(model: nn.Module, structures: StructureSet, example_inputs: A
     buffers = {
         c.tensor for group in structures.groups.values() for c in group.couplings if c.role is Role.BUFFER
     }
-    tensors = [p for p in model.parameters() if p.is_floating_point()]
+    tensors: list[Tensor] = [p for p in model.parameters() if p.is_floating_point()]
     tensors += [buffer for name, buffer in model.named_buffers() if name in buffers]
     saved = [(tensor, tensor.data) for tensor in tensors]
     generator = torch.Generator().manual_seed(0)

@@ -32,7 +32,7 @@ def choose(
 
     Args:
         scene: what there is, and what can be picked.
-        scores: layer group → one float per structure, parallel to its ids.
+        scores: layer group → one float per structure, parallel to its ids. What is absent is not picked.
         goal: what has to be reached.
         scope: "global" compares scores over all layer groups; "local" takes the same share of each.
         min_kept: structures (int) or share (float) of each layer group that always stays; never less than one.
@@ -44,7 +44,7 @@ def choose(
     """
     order: dict[str, Tensor] = {}
     ranks, owners = [], []
-    names = list(scene.structures.groups)
+    names = [name for name in scene.structures.groups if name in scores]
     eligible = scene.eligible()
     for number, name in enumerate(names):
         size = len(scene.structures.groups[name])

@@ -16,6 +16,7 @@ import copy
 import hashlib
 import logging
 import os
+import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -99,7 +100,7 @@ def compare(
         recipe: what to do.
         arms: of "dense", "single", "sp", "sr".
         seeds: each gives one dense start, and one run of each arm from it.
-        out: folder for `result.json`, written after each run, dense starts, and models if the recipe keeps them.
+        out: folder for the result file, written after each run, dense starts, and models if the recipe keeps them.
         command: noted in the result.
         watch: called after every optimizer step, for progress bars.
         on_run: called when a run is done.
@@ -113,7 +114,7 @@ def compare(
     for arm in arms:
         settings_of(arm, recipe.prune)
     out = Path(out)
-    file = out / "result.json"
+    file = out / results.FILE
     data = recipe.data.load()
     result = _result(file, recipe, data, command)
     arms = sorted(set(arms), key=ARMS.index)
@@ -218,14 +219,20 @@ def run_arm(
         accuracy_removed=history.accuracy_after_removal,
         macs=(before.macs, after.macs),
         params=(before.params, after.params),
-        latency=(latency(start, batch), latency(model, batch)),
+        latency=_latencies(start, model, batch),
         steps=history.steps,
         seconds=round(history.seconds, 3),
-        rows=[_row(row) for row in history.rows],
+        rows=_rows(history.rows),
         events=recorder.counts(),
         lines=recorder.lines(history.rows),
         report=history.report.to_dict() if history.report is not None else None,
     )
+
+
+def _latencies(before: nn.Module, after: nn.Module, batch: Tensor, rounds: int = 5) -> tuple[float, float]:
+    """Median latency of two models, in turns, so that a busy moment of the machine meets both."""
+    pairs = [(latency(before, batch, repeats=5), latency(after, batch, repeats=5)) for _ in range(rounds)]
+    return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
 
 
 # -- inside ----------------------------------------------------------------------------------------------------
@@ -335,9 +342,18 @@ def _lines(name: str, life: list[tuple[int, str]], samples: list[tuple[int, floa
     return lines
 
 
-def _row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of the history without norms (kept as lines), and with no more digits than mean something."""
-    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items() if k != "norms"}
+def _rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the history that say something new: an accuracy, or another size.
+
+    Without norms, which are kept as lines, and with no more digits than mean something.
+    """
+    kept: list[dict[str, Any]] = []
+    macs = None
+    for row in rows:
+        if "accuracy" in row or row.get("macs") != macs:
+            kept.append({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items() if k != "norms"})
+        macs = row.get("macs")
+    return kept
 
 
 def _result(file: Path, recipe: Recipe, data: Data, command: str) -> Result:

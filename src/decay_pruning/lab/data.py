@@ -294,8 +294,9 @@ class Batches:
             yield self._normalised(x), y
 
     def _normalised(self, x: Tensor) -> Tensor:
-        x = x.float().sub_(self._mean).mul_(self._scale)
-        return x.contiguous(memory_format=self._format)
+        # The copy sets all strides anew: with one channel, a permuted batch would pass for channels_last.
+        x = x.to(torch.float32, memory_format=self._format)
+        return x.sub_(self._mean).mul_(self._scale)
 
 
 def _generator(*key: int) -> torch.Generator:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
-import pickle
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -225,7 +224,7 @@ def _cifar_resnet(depth: int) -> Entry:
 
 
 def _resnet_digits(*, classes: int, channels: int) -> nn.Module:
-    return ResNet(BasicBlock, (1, 1), (16, 32), classes=classes, channels=channels)
+    return ResNet(BasicBlock, (2, 2), (12, 24), classes=classes, channels=channels)
 
 
 def _resnet50(*, classes: int, channels: int, stem: str = "imagenet") -> nn.Module:
@@ -281,7 +280,10 @@ def build(
     for key, value in sizes.items():
         if value is not None and value < 1:
             raise ConfigError(f"model {name!r}: {key} must be at least 1, got {value}")
-    taken = inspect.signature(make).parameters
+    try:
+        taken = inspect.signature(make).parameters
+    except ValueError as error:
+        raise ConfigError(f"model {name!r}: the parameters of that function cannot be read ({error})") from error
     anything = any(p.kind is p.VAR_KEYWORD for p in taken.values())
     unknown = [key for key in options if key not in taken and not anything]
     if unknown:
@@ -377,7 +379,7 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
     except SafetensorError:
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        except Exception as error:  # a foreign file can make the unpickler raise almost anything
             raise ManifestError(
                 f"{file} is neither safetensors nor a PyTorch file of plain tensors, or damaged: {error}"
             ) from error

@@ -20,17 +20,20 @@ from typing import Any
 
 import torch
 
+from decay_pruning import __version__
 from decay_pruning.errors import ConfigError
 from decay_pruning.lab import settings
 from decay_pruning.lab.stats import Difference, Spread, paired, spread
 
 FORMAT = 1
+#: Name of the result file in an output folder.
+FILE = "result.json"
 #: Arms in the order of tables; see DESIGN: one column of a comparison.
 ARMS = ("dense", "single", "sp", "sr")
 #: What the arms are called where there is room.
 TITLES = {
-    "dense": "not pruned",
-    "single": "one step",
+    "dense": "Not pruned",
+    "single": "One step",
     "sp": "Smooth Pruning",
     "sr": "SP + Self-Rectifying",
 }
@@ -262,10 +265,10 @@ def write(path: str | Path, text: str) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of what the figures depend on."""
-    found = {"python": platform.python_version()}
-    for name in ("decay-pruning", "torch", "torch-pruning", "accelerate", "numpy"):
+    found = {"python": platform.python_version(), "decay-pruning": __version__, "torch": torch.__version__}
+    for name in ("torch-pruning", "accelerate", "numpy"):
         try:
-            found[name] = torch.__version__ if name == "torch" else version(name)
+            found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "not installed"
     return found

@@ -81,7 +81,7 @@ class TrainSettings:
         precision: of the forward pass: "no" (float32), "bf16", or "fp16" with loss scaling (GPU only).
         accumulate: parts that a batch is cut into to save memory; one optimizer step all the same.
         clip_norm: largest norm of the gradient, or None.
-        channels_last: memory format of model and images (faster convolutions on GPUs).
+        channels_last: memory format of model and images (faster convolutions; GPU only).
         compile: run the model through `torch.compile`; it is compiled again after each removal.
     """
 
@@ -206,10 +206,10 @@ class History:
 
     Attributes:
         rows: a dict for each of some two hundred steps and for every evaluation, in order. Always: step
-            (optimizer steps taken), epoch, lr, loss (mean since the last row). At evaluations: accuracy (test
-            images, percent) and why ("epoch", "removal": the pruner has just met its target, "end"). With a pruner:
-            macs, params, decaying, held, released, removed; and norms (structure → share of its norm that is
-            left) of at most `NORMS` structures while any decays.
+            (optimizer steps taken), epoch, lr, loss (mean since the last row). At evaluations: accuracy (of
+            the test images, percent) and why ("epoch", "end", or "removal": the pruner has just met its
+            target). With a pruner: macs, params, decaying, held, released, removed; and norms (structure →
+            share of its norm that is left) of at most `NORMS` structures while any decays.
         steps: optimizer steps taken.
         seconds: spent training, evaluations not counted.
         report: what the pruner's `finish()` returned, or None.
@@ -307,8 +307,13 @@ class Training:
         cpu: bool = False,
         workers: int = 0,
     ) -> None:
-        if settings.precision == "fp16" and (cpu or not torch.cuda.is_available()):
-            raise ConfigError("precision 'fp16' needs a GPU; 'bf16' works on a CPU too")
+        if cpu or not torch.cuda.is_available():
+            if settings.precision == "fp16":
+                raise ConfigError("precision 'fp16' needs a GPU; 'bf16' works on a CPU too")
+            # oneDNN issue 6035: with few input channels, as after pruning, the weight gradient of a strided
+            # 1×1 convolution in this format writes past its memory.
+            if settings.channels_last:
+                raise ConfigError("channels_last needs a GPU: on a CPU, oneDNN can crash after pruning")
         self.settings, self.seed, self.model = settings, seed, model
         self.accelerator = _accelerator(settings, cpu)
         self.device: torch.device = self.accelerator.device

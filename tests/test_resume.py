@@ -1,0 +1,71 @@
+"""Stop at any step, go on in a new process: the same weights bit for bit."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from decay_pruning import ConfigError
+
+from .registry import HOSTS, Run, build_model, start
+
+STEPS = 16
+STOPS = [0, 1, 2, 3, 4, 5, 7, 9, 11, 14]
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
+}
+
+
+def begin(host_name: str, optimizer: str) -> Run:
+    return start("residual", host_name, "sr", optimizer=OPTIMIZERS[optimizer])
+
+
+def go_on(folder: Path, host_name: str, optimizer: str) -> None:
+    """Runs in the new process: finish every run that was stopped."""
+    for stop in STOPS:
+        run = begin(host_name, optimizer)
+        saved = torch.load(folder / f"stop{stop}.pt", weights_only=True)
+        run.pruner.load_state_dict(saved["pruner"])
+        run.model.load_state_dict(saved["model"])
+        run.optimizer.load_state_dict(saved["optimizer"])
+        for _ in range(stop):
+            next(run.batches)
+        for _ in range(stop, STEPS):
+            run.step()
+        torch.save(run.model.state_dict(), folder / f"end{stop}.pt")
+
+
+@pytest.mark.parametrize("host_name", list(HOSTS))
+@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+def test_resume_in_a_new_process(tmp_path, host_name, optimizer):
+    run = begin(host_name, optimizer)
+    for step in range(STEPS):
+        if step in STOPS:
+            state = {"model": run.model, "optimizer": run.optimizer, "pruner": run.pruner}
+            torch.save({name: part.state_dict() for name, part in state.items()}, tmp_path / f"stop{step}.pt")
+        run.step()
+    assert run.pruner.progress().released > 0, "nothing was released, so this would prove little"
+    code = f"from tests.test_resume import go_on; from pathlib import Path; go_on(Path({str(tmp_path)!r}), {host_name!r}, {optimizer!r})"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+    expected = run.model.state_dict()
+    for stop in STOPS:
+        end = torch.load(tmp_path / f"end{stop}.pt", weights_only=True)
+        assert end.keys() == expected.keys()
+        for name, value in end.items():
+            assert torch.equal(value, expected[name]), f"{name} differs after a stop at step {stop}"
+
+
+def test_a_state_of_another_model_is_refused():
+    state = start("plain", "depgraph").pruner.state_dict()
+    with pytest.raises(ConfigError, match="another model"):
+        start("residual", "depgraph").pruner.load_state_dict(state)
+
+
+def test_fixed_weights():
+    """The registry's models start the same every time, on which every test here relies."""
+    a, b = build_model("residual"), build_model("residual")
+    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))

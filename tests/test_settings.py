@@ -1,0 +1,116 @@
+"""Schedules, settings and the arithmetic of resistance."""
+
+import functools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from decay_pruning import ConfigError, Pruner, SelfRectifying, SmoothPruning, schedules
+from decay_pruning.rectify import Resistance, measure
+
+from .registry import build_model, example
+
+
+@given(name=st.sampled_from(sorted(schedules.SCHEDULES)), N=st.integers(1, 500))
+def test_schedules_fall_from_one_to_zero(name, N):
+    path = [schedules.SCHEDULES[name](n, N) for n in range(N + 1)]
+    assert path[0] == pytest.approx(1)
+    assert path[-1] == pytest.approx(0, abs=1e-12)
+    assert all(a > b for a, b in zip(path, path[1:], strict=False))
+    assert SmoothPruning(schedule=name).left(N, N) == 0.0
+
+
+def test_any_callable_is_a_schedule():
+    cubic = functools.partial(schedules.polynomial, power=3.0)
+    assert SmoothPruning(schedule=cubic).left(1, 2) == 0.125
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"steps": 0}, "at least 1"),
+        ({"steps": 1.5}, "between 0 and 1"),
+        ({"steps": "ten"}, "number of steps"),
+        ({"schedule": "linaer"}, "no schedule"),
+        ({"schedule": lambda n, N: 2.0}, "a fraction"),
+        ({"slices": "gamma"}, "slices"),
+        ({"bound": "both"}, "bound"),
+    ],
+)
+def test_wrong_smooth_settings(wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        SmoothPruning(**wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"t_rate": 2.0}, {"average": 1.0}, {"warmup": 1.0}, {"judge_from": -0.1}, {"cooldown": -1}, {"criterion": "x"}],
+)
+def test_wrong_rectify_settings(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        SelfRectifying(**wrong)
+
+
+def test_a_fraction_needs_total_steps():
+    model = build_model("residual")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ConfigError, match="total_steps"):
+        Pruner(model, example(), optimizer, 0.5)
+
+
+def test_a_decay_that_does_not_fit_is_told_at_once():
+    model = build_model("residual")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ConfigError, match="do not fit"):
+        Pruner(model, example(), optimizer, 0.5, smooth=SmoothPruning(steps=20), total_steps=10)
+
+
+def test_another_models_optimizer_is_told_at_once():
+    optimizer = torch.optim.SGD(build_model("plain").parameters(), lr=0.1)
+    with pytest.raises(ConfigError, match="trains none"):
+        Pruner(build_model("residual"), example(), optimizer, 0.5, total_steps=10)
+
+
+def test_resistance_of_known_vectors():
+    w, g = torch.tensor([[3.0, 4.0]]), torch.tensor([[-0.6, -0.8]])  # descent points straight outward
+    seen = measure(
+        ww=(w * w).sum(1), wg=(w * g).sum(1), gg=(g * g).sum(1), lr_wg=0.5 * (w * g).sum(1),
+        start=torch.tensor([10.0]), steps=torch.tensor([20]),
+    )  # fmt: skip
+    assert float(seen.c_rate) == pytest.approx(1)
+    assert float(seen.growth) == pytest.approx(1)
+    assert float(seen.c_len) == pytest.approx(0.5 * 1 / (10 / 20))
+    assert float(seen.first_order) == pytest.approx(5)
+
+
+def test_no_weight_or_no_gradient_is_no_resistance():
+    zero, one = torch.zeros(1), torch.ones(1)
+    for ww, gg in ((zero, one), (one, zero)):
+        seen = measure(ww=ww, wg=zero, gg=gg, lr_wg=zero, start=one, steps=one)
+        assert all(float(x) == 0 for x in seen)
+
+
+@given(values=st.lists(st.floats(-1, 1), min_size=1, max_size=20), beta=st.none() | st.floats(0.1, 0.99))
+def test_averages(values, beta):
+    rectify = SelfRectifying(average=beta)
+    mean = 0.0
+    for n, value in enumerate(values, 1):
+        mean += rectify.weight(n) * (value - mean)
+    if beta is None:
+        expected = sum(values) / len(values)
+    else:
+        weights = [beta ** (len(values) - 1 - i) for i in range(len(values))]
+        expected = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
+    assert math.isclose(mean, expected, abs_tol=1e-6)
+
+
+def test_criteria():
+    seen = Resistance(*(torch.tensor(x) for x in ([0.5, 0.5, -0.5], [0.5, -0.5, 0.5], [0.0] * 3, [0.0] * 3)))
+    assert SelfRectifying(t_rate=0, t_len=0).verdict(seen).tolist() == [True, False, False]
+    assert SelfRectifying(t_rate=0, t_len=0, criterion="rate").verdict(seen).tolist() == [True, True, False]
+    assert SelfRectifying(t_rate=0, t_len=0, criterion="len").verdict(seen).tolist() == [True, False, True]
+    own = SelfRectifying(criterion=lambda seen, settings: seen.first_order > 1)
+    assert own.verdict(seen).tolist() == [False] * 3
