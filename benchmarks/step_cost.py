@@ -14,6 +14,7 @@ Each figure is the median over repeats, in turn with forward + backward.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from torch import nn
 
 from decay_pruning import Custom, Goal, Picks, Pruner, Scene, SelfRectifying, SmoothPruning, Target
 from decay_pruning.lab import models
-from decay_pruning.lab.results import machine, versions, write_json
+from decay_pruning.lab.results import machine, versions, write
 
 CASES: dict[str, tuple[str, int]] = {"resnet56": ("resnet56", 32), "resnet50": ("resnet50", 224), "vit-b": ("vit-b", 224)}
 
@@ -147,8 +148,8 @@ def main() -> None:
         if args.out:
             result = {"command": f"python benchmarks/step_cost.py --device {args.device} --batch {args.batch} "
                                  f"--threads {args.threads} --repeats {args.repeats} --models {' '.join(args.models)}",
-                      "versions": versions(), "machine": machine(), "rows": rows}  # fmt: skip
-            write_json(args.out, result)
+                      "versions": versions(), "machine": machine(args.device), "rows": rows}  # fmt: skip
+            write(args.out, json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

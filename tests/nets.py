@@ -42,7 +42,9 @@ class Residual(nn.Module):
         self.bn2 = nn.BatchNorm2d(after)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or before != after:
-            self.shortcut = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.shortcut(x))
@@ -73,7 +75,11 @@ class Encoder(nn.Module):
     def __init__(self, width: int, heads: int, by_width: bool = False) -> None:
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(width), Attention(width, heads, by_width)
-        self.norm2, self.fc1, self.fc2 = nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.norm2, self.fc1, self.fc2 = (
+            nn.LayerNorm(width),
+            nn.Linear(width, 2 * width),
+            nn.Linear(2 * width, width),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
@@ -192,7 +198,11 @@ def concat() -> tuple[nn.Module, Any]:
         return m.out(torch.cat([c.flatten(1), a.mean((2, 3))], 1))
 
     return Net(
-        run, a=nn.Conv2d(3, 5, 1), b=nn.Conv2d(3, 4, 3, padding=1), c=nn.Conv2d(16, 6, 4), out=nn.Linear(6 + 5, 3)
+        run,
+        a=nn.Conv2d(3, 5, 1),
+        b=nn.Conv2d(3, 4, 3, padding=1),
+        c=nn.Conv2d(16, 6, 4),
+        out=nn.Linear(6 + 5, 3),
     ), image(2, 3, 4, 4)
 
 
@@ -209,7 +219,12 @@ def chunked() -> tuple[nn.Module, Any]:
         return nn.Sequential(nn.Conv2d(4, 5, 3, padding=1), nn.ReLU(), nn.Conv2d(5, 4, 1))
 
     return Net(
-        run, a=nn.Conv2d(3, 8, 1), b=bottleneck(), c=bottleneck(), d=nn.Conv2d(16, 6, 1), out=nn.Conv2d(6, 2, 1)
+        run,
+        a=nn.Conv2d(3, 8, 1),
+        b=bottleneck(),
+        c=bottleneck(),
+        d=nn.Conv2d(16, 6, 1),
+        out=nn.Conv2d(6, 2, 1),
     ), image(2, 3, 5, 5)
 
 
@@ -233,7 +248,12 @@ def words() -> tuple[nn.Module, Any]:
         return m.head(m.down(F.relu(m.up(m.table(x) * m.scale))))
 
     net = Net(
-        run, table=table, up=nn.Linear(8, 10), down=nn.Linear(10, 8), head=head, scale=nn.Parameter(torch.rand(8))
+        run,
+        table=table,
+        up=nn.Linear(8, 10),
+        down=nn.Linear(10, 8),
+        head=head,
+        scale=nn.Parameter(torch.rand(8)),
     )
     return net, torch.arange(10).reshape(2, 5)
 
@@ -278,7 +298,21 @@ def rms() -> tuple[nn.Module, Any]:
 EXACT: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     make.__name__: make
     for make in (
-        plain, resnet, vgg, mobile, grouped, norms, transposed, sound, volume, concat, chunked, gated, words, shared, vit
+        plain,
+        resnet,
+        vgg,
+        mobile,
+        grouped,
+        norms,
+        transposed,
+        sound,
+        volume,
+        concat,
+        chunked,
+        gated,
+        words,
+        shared,
+        vit,
     )  # fmt: skip
 }
 #: Networks with layer groups that can only be cut with `allow_inexact=True`.
@@ -309,7 +343,18 @@ class Piece:
     width: int
 
 
-PIECES = ("conv", "residual", "concat", "depthwise", "grouped", "groupnorm", "instance", "gate", "nested", "split")
+PIECES = (
+    "conv",
+    "residual",
+    "concat",
+    "depthwise",
+    "grouped",
+    "groupnorm",
+    "instance",
+    "gate",
+    "nested",
+    "split",
+)
 
 
 class Chain(nn.Module):
@@ -356,10 +401,16 @@ def _build(piece: Piece, before: int) -> nn.Module:
     if piece.kind == "instance":
         return nn.Sequential(nn.Conv2d(before, w, 1), nn.InstanceNorm2d(w, affine=True), nn.GELU())
     if piece.kind == "gate":
-        gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(w, 4, 1), nn.ReLU(), nn.Conv2d(4, w, 1), nn.Sigmoid())
+        gate = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(w, 4, 1), nn.ReLU(), nn.Conv2d(4, w, 1), nn.Sigmoid()
+        )
         return Net(lambda m, x: (lambda y: y * m.gate(y))(m.conv(x)), conv=_conv(before, w), gate=gate)
     if piece.kind == "nested":
-        return Net(lambda m, x: m.inner(x) + m.outer(x), inner=_build(Piece("concat", w), before), outer=_conv(before, w))
+        return Net(
+            lambda m, x: m.inner(x) + m.outer(x),
+            inner=_build(Piece("concat", w), before),
+            outer=_conv(before, w),
+        )
     if piece.kind == "split":
         return Net(
             lambda m, x: (lambda a, b: m.c(torch.relu(b)) + m.d(a))(*m.a(x).chunk(2, 1)),

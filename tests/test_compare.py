@@ -57,7 +57,9 @@ def test_arms_differ_by_two_settings() -> None:
     assert sp == (prune.smooth, None)
     assert sr == (prune.smooth, prune.rectify)
     off = replace(prune, rectify=None)
-    assert compare.settings_of("sr", off)[1] is not None, "the arm sr rectifies even if the recipe's own run does not"
+    assert compare.settings_of("sr", off)[1] is not None, (
+        "the arm sr rectifies even if the recipe's own run does not"
+    )
     with pytest.raises(ConfigError, match=r"no arm is called 'signle'.*did you mean 'single'\?"):
         compare.settings_of("signle", prune)
 
@@ -80,7 +82,9 @@ def test_runs_are_paired(finished: tuple[Path, Result]) -> None:
         assert run.macs[0] == dense.macs[0]
         assert run.macs[1] <= 0.5 * run.macs[0]
         assert run.accuracy_removed is not None
-        assert run.report is not None and run.report["macs"] == list(run.macs) or run.report["macs"] == run.macs
+        assert (
+            run.report is not None and run.report["macs"] == list(run.macs) or run.report["macs"] == run.macs
+        )
         assert all(latency > 0 for latency in run.latency)
     assert single.macs == sp.macs, "both prune what the host picks from the same start"
 
@@ -131,7 +135,9 @@ def test_resuming_runs_only_what_is_missing(tmp_path: Path) -> None:
     stamp = next((tmp_path / "starts").iterdir()).stat().st_mtime_ns
     second = compare.compare(small(), ["single", "sp"], [0], tmp_path, on_run=note)
     assert done == [("sp", 0), ("single", 0)]
-    assert [s.stat().st_mtime_ns for s in (tmp_path / "starts").iterdir()] == [stamp], "the dense start is kept"
+    assert [s.stat().st_mtime_ns for s in (tmp_path / "starts").iterdir()] == [stamp], (
+        "the dense start is kept"
+    )
     assert _same(replace(second, runs=(second.of("sp")[0],)), replace(first, created=second.created))
 
     # Stopped and resumed or in one go: the same figures.
@@ -152,7 +158,9 @@ def test_another_recipe_does_not_mix_in(tmp_path: Path, finished: tuple[Path, Re
     with pytest.raises(ConfigError, match=r"another recipe \(prune\.lr: 0\.05 there, 0\.06 now\)"):
         compare.compare(small("prune.lr=0.06"), ["sp"], [1], tmp_path)
     assert (tmp_path / "result.json").read_bytes() == before
-    assert _same(compare.compare(small("title=New"), ["sp"], [0], tmp_path), result), "a title changes no figure"
+    assert _same(compare.compare(small("title=New"), ["sp"], [0], tmp_path), result), (
+        "a title changes no figure"
+    )
 
 
 def test_paths_of_this_machine_stay_out_of_the_result() -> None:
@@ -163,7 +171,7 @@ def test_paths_of_this_machine_stay_out_of_the_result() -> None:
 
 
 def test_errors_name_arm_and_seed(tmp_path: Path) -> None:
-    with pytest.raises(BudgetError, match="^arm single, seed 0: "):
+    with pytest.raises(BudgetError, match=r"^arm single, seed 0: "):
         compare.compare(small("prune.target.macs=0.0001"), ["single"], [0], tmp_path)
     with pytest.raises(ConfigError, match="at least one arm"):
         compare.compare(small(), [], [0], tmp_path)
@@ -189,11 +197,15 @@ def test_sparse_learning_is_done_once_before_pruning(tmp_path: Path) -> None:
     for strength in (0.0, 0.05):
         phases: list[str] = []
         recipe = small(*sections, f"sparse.strength={strength}")
-        model = compare.dense_start(recipe, data, 0, tmp_path, lambda job, step, p=phases: p.append(job.phase))
+        model = compare.dense_start(
+            recipe, data, 0, tmp_path, lambda job, step, p=phases: p.append(job.phase)
+        )
         assert list(dict.fromkeys(phases)) == ["dense", "sparse"]
         norms[strength] = sum(float(p.detach().square().sum()) for p in model.parameters())
         phases.clear()
-        again = compare.dense_start(recipe, data, 0, tmp_path, lambda job, step, p=phases: p.append(job.phase))
+        again = compare.dense_start(
+            recipe, data, 0, tmp_path, lambda job, step, p=phases: p.append(job.phase)
+        )
         assert not phases
         for ours, theirs in zip(model.state_dict().values(), again.state_dict().values(), strict=True):
             assert torch.equal(ours, theirs)
@@ -226,7 +238,7 @@ def test_the_demo_recipe_is_the_demo() -> None:
     assert loaded.data.name == "digits" and loaded.dense.weights is None
 
 
-# -- result files ----------------------------------------------------------------------------------------------
+# -- result files --------------------------------------------------------------------------
 
 
 def run_of(arm: str, seed: int, accuracy: float, **more: Any) -> Run:
@@ -264,7 +276,9 @@ def test_summary_pairs_by_seed() -> None:
 
 
 def test_a_run_takes_the_place_of_an_earlier_one() -> None:
-    result = result_of(run_of("sr", 1, 1.0), run_of("dense", 1, 2.0), run_of("sr", 0, 3.0), run_of("sr", 1, 4.0))
+    result = result_of(
+        run_of("sr", 1, 1.0), run_of("dense", 1, 2.0), run_of("sr", 0, 3.0), run_of("sr", 1, 4.0)
+    )
     assert [(r.arm, r.seed, r.accuracy) for r in result.runs] == [("sr", 0, 3), ("dense", 1, 2), ("sr", 1, 4)]
 
 

@@ -80,7 +80,7 @@ class TestDigits:
     )
     def test_wrong_arguments(self, arguments: dict[str, object], words: str) -> None:
         with pytest.raises(ConfigError, match=words):
-            lab.load(**arguments)  # type: ignore[arg-type]
+            lab.load(**arguments)
 
 
 class TestPickledBatches:
@@ -401,7 +401,7 @@ class TestBatches:
     )
     def test_wrong_settings(self, arguments: dict[str, object], words: str) -> None:
         with pytest.raises(ConfigError, match=words):
-            Batches(toy(), **arguments)  # type: ignore[arg-type]
+            Batches(toy(), **arguments)
 
 
 @pytest.mark.slow

@@ -63,7 +63,16 @@ def test_values_become_what_the_hints_ask_for() -> None:
         },
     )
     assert built == Outer(
-        "x", False, 1.0, ("a", "b"), "slow", Colour.BLUE, {"attention": 4}, "plain", Inner(3, (2, 1.0)), Inner()
+        "x",
+        False,
+        1.0,
+        ("a", "b"),
+        "slow",
+        Colour.BLUE,
+        {"attention": 4},
+        "plain",
+        Inner(3, (2, 1.0)),
+        Inner(),
     )
     assert type(built.ratio) is float and type(built.inner.steps) is int
     assert settings.build(Outer, settings.plain(built)) == built
@@ -82,17 +91,29 @@ def test_an_optional_section_can_be_switched_off(nothing: object) -> None:
         ({"needed": "x", "falg": True}, r"unknown setting falg; did you mean flag\?"),
         ({"needed": "x", "steps": 3}, r"unknown setting steps; did you mean inner\.steps\?"),
         ({"needed": "x", "qqqqq": 3}, "unknown setting qqqqq; known here: needed, flag"),
-        ({"needed": "x", "inner": {"stesp": 3}}, r"unknown setting inner\.stesp; did you mean inner\.steps\?"),
+        (
+            {"needed": "x", "inner": {"stesp": 3}},
+            r"unknown setting inner\.stesp; did you mean inner\.steps\?",
+        ),
         ({"needed": "x", "inner": 3}, "inner must be a section, got 3"),
-        ({"needed": "x", "inner": {"steps": "many"}}, r"inner\.steps must be a whole number or a number, got 'many'"),
+        (
+            {"needed": "x", "inner": {"steps": "many"}},
+            r"inner\.steps must be a whole number or a number, got 'many'",
+        ),
         ({"needed": "x", "inner": {"steps": True}}, r"inner\.steps must be .* got true"),
         ({"needed": "x", "inner": {"steps": 13}}, r"\[inner\] steps must not be 13"),
         ({"needed": "x", "maybe": {"steps": 13}}, r"\[maybe\] steps must not be 13"),
         ({"needed": "x", "inner": {"shape": [1]}}, r"inner\.shape must have 2 entries, got 1"),
         ({"needed": "x", "names": "ab"}, "names must be a list, got 'ab'"),
         ({"needed": "x", "names": ["a", 1]}, r"names\[1\] must be text, got 1"),
-        ({"needed": "x", "mode": "fats"}, r"mode: must be one of fast, slow, got 'fats'; did you mean 'fast'\?"),
-        ({"needed": "x", "colour": "blu"}, r"colour: must be one of red, blue, got 'blu'; did you mean 'blue'\?"),
+        (
+            {"needed": "x", "mode": "fats"},
+            r"mode: must be one of fast, slow, got 'fats'; did you mean 'fast'\?",
+        ),
+        (
+            {"needed": "x", "colour": "blu"},
+            r"colour: must be one of red, blue, got 'blu'; did you mean 'blue'\?",
+        ),
         ({"needed": "x", "flag": 1}, "flag must be true or false, got 1"),
         ({"needed": "x", "ratio": True}, "ratio must be a number, got true"),
         ({"needed": "x", "heads": {"a": "b"}}, r"heads\.a must be a whole number, got 'b'"),
@@ -130,7 +151,7 @@ def test_wrong_assignments(wrong: str) -> None:
         settings.override({"prune": {"lr": 0.1}}, [wrong])
 
 
-# -- the recipe itself -----------------------------------------------------------------------------------------
+# -- the recipe itself --------------------------------------------------------------------------
 
 
 def test_a_recipe_survives_the_way_to_json_and_back() -> None:
@@ -199,7 +220,13 @@ def test_files_that_are_missing_or_broken(tmp_path: Path) -> None:
 
 
 def test_there_are_recipes() -> None:
-    assert {path.stem for path in RECIPES} >= {"digits", "cifar10-resnet20-quick", "cifar10-resnet56-depgraph"}
+    expected = {
+        "digits",
+        "cifar10-resnet20-quick",
+        "cifar10-resnet56-depgraph",
+        "cifar10-resnet56-depgraph-sparse",
+    }
+    assert {path.stem for path in RECIPES} >= expected
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

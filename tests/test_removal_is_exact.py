@@ -80,7 +80,10 @@ def test_random_networks(model: Chain, dtype: torch.dtype, seed: int) -> None:
     assert set(structures.unprunable) == {"fc2"}, structures.unprunable
     names = {name.rpartition(".")[0] for name, p in model.named_parameters() if p.ndim > 1}
     cut = {
-        c.tensor.rpartition(".")[0] for g in structures.groups.values() for c in g.couplings if c.role is Role.ROW
+        c.tensor.rpartition(".")[0]
+        for g in structures.groups.values()
+        for c in g.couplings
+        if c.role is Role.ROW
     }
     assert names - cut == {"fc2"}
     picks = random_picks(structures, seed)
@@ -142,7 +145,10 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
         "grads": {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()},
         "modes": [m.training for m in model.modules()],
         "attributes": {
-            (n, k): v for n, m in model.named_modules() for k, v in m.__dict__.items() if isinstance(v, int | tuple)
+            (n, k): v
+            for n, m in model.named_modules()
+            for k, v in m.__dict__.items()
+            if isinstance(v, int | tuple)
         },
         "optimizer": copy.deepcopy(optimizer.state_dict()) if optimizer else None,
         "history": surgery.history(model).state_dict(),
@@ -183,7 +189,9 @@ def test_a_removal_that_changes_the_output_is_undone() -> None:
     wrong = shifted(structures, "4.conv1", "4.conv2.weight")
     before = snapshot(model, optimizer)
     picks = {"0": [1], "3.conv1": [2], "4.conv1": [3]}
-    with pytest.raises(SurgeryError, match=r"as it was: layer group '4\.conv1': the output changes by") as info:
+    with pytest.raises(
+        SurgeryError, match=r"as it was: layer group '4\.conv1': the output changes by"
+    ) as info:
         surgery.remove(model, wrong, picks, example_inputs=x, optimizer=optimizer)
     assert "3.conv1" not in str(info.value)
     assert same(before, snapshot(model, optimizer))

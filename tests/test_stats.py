@@ -83,5 +83,5 @@ def test_spread() -> None:
     assert spread([3.0]).sd is None
     with pytest.raises(ValueError, match="no values"):
         spread([])
-    with pytest.raises(ValueError, match="shorter|longer"):
+    with pytest.raises(ValueError, match=r"shorter|longer"):
         paired([1.0, 2.0], [1.0])

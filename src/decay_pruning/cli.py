@@ -1,9 +1,9 @@
 """The command `decay-pruning`: arguments → calls.
 
-    decay-pruning inspect resnet56
-    decay-pruning run recipes/digits.toml --set prune.epochs=20
-    decay-pruning compare recipes/digits.toml --seeds 5
-    decay-pruning report runs/digits/result.json
+decay-pruning inspect resnet56
+decay-pruning run recipes/digits.toml --set prune.epochs=20
+decay-pruning compare recipes/digits.toml --seeds 5
+decay-pruning report runs/digits/result.json
 """
 
 from __future__ import annotations
@@ -35,13 +35,17 @@ if TYPE_CHECKING:  # the lab is imported when a command needs it: `--help` and e
 
 Assignments = Annotated[
     UseAppendAction[tuple[tuple[str, ...], ...]],
-    arg(name="set", metavar="KEY=VALUE", help="Settings that overrule the recipe's, such as prune.smooth.steps=50."),
+    arg(
+        name="set",
+        metavar="KEY=VALUE",
+        help="Settings that overrule the recipe's, such as prune.smooth.steps=50.",
+    ),
 ]
 
 
 @dataclass
 class Inspect:
-    """Show what could be pruned in a model: layer groups, structures, MACs, parameters, and what cannot and why."""
+    """Show what could be pruned in a model, layer by layer, what it costs, and what cannot be pruned and why."""
 
     model: Positional[str]
     """A model of the zoo, such as resnet56, or module:function for your own."""
@@ -116,7 +120,9 @@ class Run_:
                 f"{counts['picked_again']:,}, removed {counts['removed']:,} structures"
             )
         _report(console, result, out / "report.html")
-        console.print(f"model   {model}" if model.is_file() else "model   not saved (the run is from an earlier call)")
+        console.print(
+            f"model   {model}" if model.is_file() else "model   not saved (the run is from an earlier call)"
+        )
         console.print(f"result  {out / results.FILE}")
 
 
@@ -186,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point. Errors in settings, data and models end in one line on stderr and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     command = tyro.cli(
-        Command,  # type: ignore[arg-type]
+        Command,
         prog="decay-pruning",
         description="Structured pruning without the accuracy cliff (the Decay Pruning Method).",
         args=arguments,
@@ -243,7 +249,9 @@ def _table(result: Result) -> Table:
     seeds = len(result.seeds)
     title = str(result.recipe.get("title") or result.recipe.get("name"))
     title = f"{title} ({seeds} seed{'s' * (seeds > 1)})"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )
     table.add_column("Arm")
     for head in ("Top-1 %", "vs single [95 %]", "Just\nremoved", "MACs\n%", "Params\n%", "ms", "Let go"):
         table.add_column(head, justify="right", no_wrap=True)
@@ -288,7 +296,9 @@ class _Bars:
         """When a run is done."""
         kept = f"{100 * run.macs[1] / run.macs[0]:.1f} % MACs"
         self.bars.advance(self.all_runs)
-        self.console.print(f"{run.arm:<6} seed {run.seed}: top-1 {run.accuracy:.2f} %, {kept}, {run.seconds:.0f} s")
+        self.console.print(
+            f"{run.arm:<6} seed {run.seed}: top-1 {run.accuracy:.2f} %, {kept}, {run.seconds:.0f} s"
+        )
 
 
 def _now(step: Step) -> str:

@@ -139,7 +139,7 @@ class Pruner:
         self.rectify = rectify
         self.start = start
         self.total_steps = total_steps
-        self._example_inputs = example_inputs
+        self.example_inputs = example_inputs
         self._optimizer = _unwrap(optimizer)
         self._check(model, self._optimizer)
 
@@ -265,7 +265,7 @@ class Pruner:
             surgery.shrink(self.model, self.original.kept(state["removed"]), self._optimizer)
         structures = self.original.without(state["removed"])
         self.engine.structures = structures
-        self._costs = CostModel(self.model, self._example_inputs, structures)
+        self._costs = CostModel(self.model, self.example_inputs, structures)
         self.before = Cost(**state["before"])
         self._round = state["round"]
         self._due = state["due"]
@@ -327,11 +327,11 @@ class Pruner:
             self.model,
             self.structures,
             self.engine.held,
-            example_inputs=self._example_inputs,
+            example_inputs=self.example_inputs,
             optimizer=self._optimizer,
         )
         self.engine.removed(left)
-        self._costs = CostModel(self.model, self._example_inputs, left)
+        self._costs = CostModel(self.model, self.example_inputs, left)
         self._finished_at = self.engine.step
 
     def _force(self) -> None:

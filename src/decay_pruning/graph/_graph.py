@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -101,7 +101,10 @@ class Graph:
             raise GraphError(
                 f"nothing in this model can be pruned:\n{reasons or '  it has no prunable layer'}"
             )
-        self.structures = structures
+        touched = {c.place for group in structures.groups.values() for c in group.couplings}
+        self.structures = replace(
+            structures, sizes={p: n for p, n in structures.sizes.items() if p in touched}
+        )
 
     # ------------------------------------------------------------------------------------------- enumeration
 
@@ -293,8 +296,6 @@ class Graph:
                 couplings=_couplings(traced),
                 inexact=next((each.inexact for each, _ in traced if each.inexact), None),
             )
-        touched = {c.place for group in groups.values() for c in group.couplings}
-        sizes = {place: size for place, size in sizes.items() if place in touched}
         return StructureSet(groups, sizes, {**unprunable, **self._missing})
 
     # ---------------------------------------------------------------------------------------------- scores
@@ -307,7 +308,8 @@ class Graph:
             structures: the structures that are there now (after any removals by `surgery`).
 
         Returns:
-            layer group → shape (S,): the mean over the channels of each structure, in the order of `ids`. Layer groups
+            layer group → shape (S,), float32, CPU: the mean over the channels of each structure, in the order of
+            `ids`. NaN, which a normaliser makes of a layer group without any importance, reads as 0. Layer groups
             that the importance has nothing to say about (it returns None) are left out, with a warning in the log.
 
         Raises:
@@ -331,7 +333,7 @@ class Graph:
                         f"{type(importance).__name__} returned {tuple(value.shape)} values for layer group {name!r}, "
                         f"which has {owner.numel()} channels"
                     )
-                total.index_add_(0, owner, value.detach().to("cpu", total.dtype))
+                total.index_add_(0, owner, value.detach().to("cpu", total.dtype).nan_to_num(nan=0.0))
                 count.index_add_(0, owner, torch.ones(owner.numel()))
             else:
                 found[name] = total / count

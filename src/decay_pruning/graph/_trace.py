@@ -164,7 +164,9 @@ def _width(graph: Any, node: Any, seen: set[int] | None = None) -> int | None:
             width = sizes[part] if sum(sizes) == width else width
         if width is not None and node.type == ops.OPTYPE.CONCAT:
             dim = _dim(node.grad_fn, len(shape))
-            mine = next((_shape(f, k)[dim] for f, k in node.grad_fn.next_functions if f is source.grad_fn), None)
+            mine = next(
+                (_shape(f, k)[dim] for f, k in node.grad_fn.next_functions if f is source.grad_fn), None
+            )
             return shape[dim] if mine == width else width
         if width is not None:
             return width

@@ -100,7 +100,8 @@ def compare(
         recipe: what to do.
         arms: of "dense", "single", "sp", "sr".
         seeds: each gives one dense start, and one run of each arm from it.
-        out: folder for the result file, written after each run, dense starts, and models if the recipe keeps them.
+        out: folder for the result file (written after each run), dense starts, and models if the recipe keeps
+            them.
         command: noted in the result.
         watch: called after every optimizer step, for progress bars.
         on_run: called when a run is done.
@@ -125,7 +126,9 @@ def compare(
         model = dense_start(recipe, data, seed, out / "starts", watch)
         for arm in todo:
             try:
-                model_file = out / "models" / f"{arm}-{seed}.safetensors" if recipe.report.save_models else None
+                model_file = (
+                    out / "models" / f"{arm}-{seed}.safetensors" if recipe.report.save_models else None
+                )
                 run = run_arm(recipe, arm, seed, data, model, watch=watch, save_to=model_file)
             except DecayPruningError as error:
                 raise type(error)(f"arm {arm}, seed {seed}: {error}") from error
@@ -137,10 +140,10 @@ def compare(
     return result
 
 
-def dense_start(
-    recipe: Recipe, data: Data, seed: int, folder: Path, watch: Watch | None = None
-) -> nn.Module:
-    """The model that all arms of a seed start from, on the device; kept in `folder` by a hash of its settings.
+def dense_start(recipe: Recipe, data: Data, seed: int, folder: Path, watch: Watch | None = None) -> nn.Module:
+    """The model that all arms of a seed start from, on the device.
+
+    It is kept in `folder`, under a hash of its settings.
 
     Raises:
         ManifestError: the weights that the recipe names are missing or do not fit.
@@ -235,7 +238,7 @@ def _latencies(before: nn.Module, after: nn.Module, batch: Tensor, rounds: int =
     return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
 
 
-# -- inside ----------------------------------------------------------------------------------------------------
+# -- inside --------------------------------------------------------------------------
 
 
 def _train(
@@ -351,7 +354,9 @@ def _rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     macs = None
     for row in rows:
         if "accuracy" in row or row.get("macs") != macs:
-            kept.append({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items() if k != "norms"})
+            kept.append(
+                {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items() if k != "norms"}
+            )
         macs = row.get("macs")
     return kept
 
@@ -377,10 +382,13 @@ def _result(file: Path, recipe: Recipe, data: Data, command: str) -> Result:
     if not file.is_file():
         return new
     old = results.load(file)
-    changed = results.differences({**_decisive(old.recipe), "images": old.data}, {**_decisive(new.recipe), "images": facts})
+    changed = results.differences(
+        {**_decisive(old.recipe), "images": old.data}, {**_decisive(new.recipe), "images": facts}
+    )
     if changed:
         raise ConfigError(
-            f"{file} holds results of another recipe ({'; '.join(changed[:3])}): choose another --out, or move it away"
+            f"{file} holds results of another recipe ({'; '.join(changed[:3])}): "
+            "choose another --out, or move it away"
         )
     return old
 
@@ -398,6 +406,7 @@ def _save_weights(model: nn.Module, file: Path) -> None:
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, partial)
+        partial.chmod(0o644)
         os.replace(partial, file)
     except OSError as error:
         raise ManifestError(f"cannot save the dense start to {file}: {error}") from error

@@ -283,7 +283,7 @@ def build(
     try:
         taken = inspect.signature(make).parameters
     except ValueError as error:
-        raise ConfigError(f"model {name!r}: the parameters of that function cannot be read ({error})") from error
+        raise ConfigError(f"model {name!r}: its parameters cannot be read ({error})") from error
     anything = any(p.kind is p.VAR_KEYWORD for p in taken.values())
     unknown = [key for key in options if key not in taken and not anything]
     if unknown:

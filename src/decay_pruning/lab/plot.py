@@ -52,8 +52,11 @@ def style(selector: str) -> str:
     )
 
 
-_MARKS = """
-svg text{font:12px/1 """ + FONT + """;fill:var(--muted)}
+_MARKS = (
+    """
+svg text{font:12px/1 """
+    + FONT
+    + """;fill:var(--muted)}
 svg .head{font-size:16px;font-weight:650}
 svg .sub{font-size:13px}
 svg .big{fill:var(--text);font-weight:650}
@@ -68,6 +71,7 @@ svg .ghost{fill:none;stroke-width:1.5;opacity:.4}
 svg .dash{stroke-dasharray:5 4}
 svg .band{stroke:none;opacity:.16}
 """
+)
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,9 @@ class Frame:
 
     def line(self, points: Iterable[Point], kind: str, colour: str) -> str:
         """A polyline; `kind` is a class of `STYLE`."""
-        path = " ".join(f"{'L' if i else 'M'}{_n(x)} {_n(y)}" for i, (x, y) in enumerate(map(self.at, points)))
+        path = " ".join(
+            f"{'L' if i else 'M'}{_n(x)} {_n(y)}" for i, (x, y) in enumerate(map(self.at, points))
+        )
         return f'<path class="{kind}" stroke="var(--{colour})" d="{path}"/>'
 
     def band(self, low: Sequence[Point], high: Sequence[Point], colour: str) -> str:

@@ -1,15 +1,15 @@
-"""Recipes: everything that a run or a comparison depends on, as one tree of dataclasses that a TOML file fills.
+"""Recipes: everything that a run depends on, as one tree of dataclasses that a TOML file fills.
 
-    [data]          which images
-    [model]         which network
-    [dense]         how the dense start is trained, or where its weights lie
-    [sparse]        optional: epochs of sparse learning between dense start and pruning, the same for all arms
-    [prune]         how training goes on while (and after) structures are pruned
-      .target       what is to be left
-      .host         who picks (`kind`, then that host's own settings)
-      .smooth       how picks fade
-      .rectify      when they are let go; `rectify = false` for never
-    [report]        what is measured and kept
+[data]          which images
+[model]         which network
+[dense]         how the dense start is trained, or where its weights lie
+[sparse]        optional: epochs of sparse learning between dense start and pruning, the same for all arms
+[prune]         how training goes on while (and after) structures are pruned
+  .target       what is to be left
+  .host         who picks (`kind`, then that host's own settings)
+  .smooth       how picks fade
+  .rectify      when they are let go; `rectify = false` for never
+[report]        what is measured and kept
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,8 +43,8 @@ class DataSettings:
         root: folder of the data; digits need none.
         size: height and width to scale down to.
         train_limit, test_limit: use only so many images of each part.
-        validation: share of the training images, in [0, 1), that is held out and tested on instead of the test
-            images, so that settings can be chosen without looking at those.
+        validation: share of the training images, in [0, 1), that is held out and tested on instead of the
+            test images, so that settings can be chosen without looking at those.
         workers: processes that decode images (image folders only).
     """
 
@@ -67,7 +67,11 @@ class DataSettings:
             ConfigError, DataError: see `lab.data.load`.
         """
         data = data_sets.load(
-            self.name, root=self.root, size=self.size, train_limit=self.train_limit, test_limit=self.test_limit
+            self.name,
+            root=self.root,
+            size=self.size,
+            train_limit=self.train_limit,
+            test_limit=self.test_limit,
         )
         if not self.validation:
             return data
@@ -92,7 +96,9 @@ class ModelSettings:
         """A fresh network that fits the data, with weights that depend on the seed alone."""
         channels, size, _ = data.shape
         classes = len(data.classes)
-        return models.build(self.name, classes=classes, channels=channels, size=size, seed=seed, **self.options)
+        return models.build(
+            self.name, classes=classes, channels=channels, size=size, seed=seed, **self.options
+        )
 
 
 @dataclass(frozen=True)
@@ -203,9 +209,11 @@ class Recipe:
         Raises:
             OSError: `dense.weights` cannot be read.
         """
-        shared = settings.plain(replace(self, prune=Prune(), report=ReportSettings(), name="", title=""))
-        for unimportant in ("root", "workers"):
-            del shared["data"][unimportant]
+        values = self.to_dict()
+        parts = {name: values[name] for name in ("device", "data", "model", "dense", "sparse")}
+        shared = Recipe.from_dict(parts).to_dict()  # once more, so that 10 and 10.0 are the same
+        del shared["report"], shared["data"]["root"], shared["data"]["workers"]
+        shared["prune"] = values["prune"]["host"] if self.sparse is not None else None
         if self.dense.weights is not None:
             shared["dense"] = hashlib.sha256(Path(self.dense.weights).expanduser().read_bytes()).hexdigest()
         facts = [shared, data.name, data.note, len(data.labels("train")), data.shape, seed]

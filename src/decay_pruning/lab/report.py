@@ -1,7 +1,7 @@
 """A result as one HTML page that opens offline, and its main figure as an SVG file.
 
-No script, no font and no picture is fetched; charts are drawn by `lab.plot`. The page follows the reader's light or dark
-setting and reads on a phone.
+No script, no font and no picture is fetched; charts are drawn by `lab.plot`. The page follows the reader's light
+or dark setting and reads on a phone.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def figure(result: Result) -> str:
     return svg(width, height, "".join(body), _spoken(result), attributes=size) + "\n"
 
 
-# -- the main figure -------------------------------------------------------------------------------------------
+# -- the main figure --------------------------------------------------------------------------
 
 
 def _panel(result: Result, arm: str) -> str:
@@ -128,7 +128,9 @@ def _story(runs: Sequence[Run]) -> str:
 def _caption(run: Run) -> str:
     """What the upper chart of a panel shows: "norm of 47 picks, N = 110"."""
     picked = (run.report or {}).get("picked", len(run.lines))
-    decays = sorted(round(line.points[-1][0] - line.points[0][0]) for line in run.lines if line.end == "removed")
+    decays = sorted(
+        round(line.points[-1][0] - line.points[0][0]) for line in run.lines if line.end == "removed"
+    )
     if not decays:
         return f"norm of {picked:,} picks"
     same = decays[0] == decays[-1]
@@ -170,7 +172,7 @@ def _spoken(result: Result) -> str:
     return f"{_title(result)}. Norms of fading structures and test accuracy over optimizer steps. {told}."
 
 
-# -- sections of the page --------------------------------------------------------------------------------------
+# -- sections of the page --------------------------------------------------------------------------
 
 
 def _title(result: Result) -> str:
@@ -202,20 +204,23 @@ def _header(result: Result) -> str:
 def _table(result: Result) -> str:
     rows = "".join(_table_row(summary) for summary in summarise(result))
     single = (
-        " “Against one step” is the mean of the differences within each seed, with their 95 % t interval; it is "
-        "bold where the interval leaves zero out."
+        " “Against one step” is the mean of the differences within each seed, with their 95 % t interval; it "
+        "is bold where the interval leaves zero out."
         if "single" in result.arms and len(result.arms) > 1
         else ""
     )
-    spread = "Mean ± standard deviation over seeds." if len(result.seeds) > 1 else "One seed: no spread is known."
+    spread = (
+        "Mean ± standard deviation over seeds." if len(result.seeds) > 1 else "One seed: no spread is known."
+    )
     return (
-        "<section><h2>What came out</h2><div class=scroll tabindex=0 role=region aria-label='Table of arms'><table>"
+        "<section><h2>What came out</h2>"
+        "<div class=scroll tabindex=0 role=region aria-label='Table of arms'><table>"
         "<thead><tr><th scope=col>Arm<th scope=col>Top-1 at the end, %<th scope=col>Against one step, points"
         "<th scope=col>Just after removal, %<th scope=col>MACs kept, %<th scope=col>Parameters kept, %"
         "<th scope=col>Latency, ms<th scope=col>Released</tr></thead>"
-        f"<tbody>{rows}</tbody></table></div><p class=note>{spread} All arms of a seed start from the same dense "
-        f"model, see the same images in the same order, and take the same number of steps; accuracy is that of the "
-        f"last step, never of the best.{single}</p></section>\n"
+        f"<tbody>{rows}</tbody></table></div><p class=note>{spread} All arms of a seed start from the same "
+        "dense model, see the same images in the same order, and take the same number of steps; accuracy is that "
+        f"of the last step, never of the best.{single}</p></section>\n"
     )
 
 
@@ -261,17 +266,18 @@ def _fading(result: Result) -> str:
     arms = [arm for arm in _PRUNED if arm in result.arms]
     if not arms:
         return ""
-    panels = "".join(
-        f"<figure>{svg(_WIDTH, _HEIGHT, _panel(result, arm), f'{TITLES[arm]}: {_story(result.of(arm))}')}</figure>"
-        for arm in arms
-    )
+    panels = ""
+    for arm in arms:
+        name = f"{TITLES[arm]}: {_story(result.of(arm))}"
+        panels += f"<figure>{svg(_WIDTH, _HEIGHT, _panel(result, arm), name)}</figure>"
     ghosts = " Grey: the other arms" + (" (dashed: not pruned)." if "dense" in result.arms else ".")
     shown = f" Norms are those of seed {result.seeds[0]}" + (
         ", a sample of its structures." if any(len(r.lines) > 40 for r in result.runs) else "."
     )
     return (
         f"<section><h2>How structures fade, and what it does to accuracy</h2><div class=panels>{panels}</div>"
-        f"<p class=note>{'' if len(result.arms) == 1 else ghosts.strip()}{shown} 1 is the norm at the pick.</p></section>\n"
+        f"<p class=note>{'' if len(result.arms) == 1 else ghosts.strip()}{shown} 1 is the norm at the pick.</p>"
+        "</section>\n"
     )
 
 
@@ -289,7 +295,10 @@ def _seeds(result: Result) -> str:
     values = [run.accuracy for run in result.runs]
     y_ticks = ticks(min(values), max(values), 4)
     frame = Frame(48, 62, 340, 180, (-0.35, len(arms) - 0.65), (y_ticks[0], y_ticks[-1]))
-    parts = [text(0, 18, "Every seed", "head big"), frame.axes("test accuracy at the end, %", y_ticks=y_ticks)]
+    parts = [
+        text(0, 18, "Every seed", "head big"),
+        frame.axes("test accuracy at the end, %", y_ticks=y_ticks),
+    ]
     for seed in result.seeds:
         runs = [(float(i), run.accuracy) for i, arm in enumerate(arms) if (run := result.find(arm, seed))]
         parts.append(frame.line(runs, "ghost", "dense"))
@@ -341,19 +350,24 @@ def _layers(result: Result) -> str:
         cells = [f"<td>{before}"]
         for arm in arms:
             _, after = widths[arm].get(name, (before, float(before)))
-            cells.append(f"<td>{_bar(before / widest, after / widest, arm)}<span>{number(round(after, 1))}</span>")
+            cells.append(
+                f"<td>{_bar(before / widest, after / widest, arm)}<span>{number(round(after, 1))}</span>"
+            )
         for arm in with_releases:
             n = released[arm].get(name, 0.0)
             cells.append(f"<td>{_bar(0, n / most, 'released')}<span>{number(round(n, 1))}</span>")
         rows.append(f"<tr><th scope=row><code>{escape(name)}</code>{''.join(cells)}</tr>")
     heads = "".join(f"<th scope=col style='color:var(--{arm})'>{escape(arm)}" for arm in arms)
-    heads += "".join(f"<th scope=col style='color:var(--released)'>released by {escape(arm)}" for arm in with_releases)
+    heads += "".join(
+        f"<th scope=col style='color:var(--released)'>released by {escape(arm)}" for arm in with_releases
+    )
     none = "" if with_releases else " No structure was released."
     return (
-        "<section><h2>Layer by layer</h2><div class=scroll tabindex=0 role=region aria-label='Table of layers'>"
+        "<section><h2>Layer by layer</h2>"
+        "<div class=scroll tabindex=0 role=region aria-label='Table of layers'>"
         f"<table class=layers><thead><tr><th scope=col>Layer group<th scope=col>Before{heads}</tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody></table></div><p class=note>Structures per layer group before and after, mean "
-        f"over seeds; the pale bar is the dense width.{none}</p></section>\n"
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+        f"<p class=note>Structures per layer group before and after, mean over seeds; the pale bar is the dense width.{none}</p></section>\n"
     )
 
 
@@ -391,7 +405,8 @@ def _unprunable(result: Result) -> str:
     if not reasons:
         return ""
     items = "".join(f"<li><code>{escape(name)}</code> {escape(reason)}" for name, reason in reasons.items())
-    return f"<section><details><summary>What was never pruned ({len(reasons)})</summary><ul>{items}</ul></details></section>\n"
+    summary = f"<summary>What was never pruned ({len(reasons)})</summary>"
+    return f"<section><details>{summary}<ul>{items}</ul></details></section>\n"
 
 
 def _made(result: Result) -> str:
@@ -409,8 +424,8 @@ def _made(result: Result) -> str:
     return (
         f"<section><h2>How it was made</h2><dl>{listed}</dl><details><summary>Recipe</summary>"
         f"<pre>{escape(_toml(result.recipe))}</pre></details></section>\n"
-        "<footer><p class=note>Decay Pruning Method: Yang et al., arXiv 2406.03879. C_rate and C_len are the paper's "
-        "names; their definitions are this library's own.</p></footer>"
+        "<footer><p class=note>Decay Pruning Method: Yang et al., arXiv 2406.03879. C_rate and C_len are the "
+        "paper's names; their definitions are this library's own.</p></footer>"
     )
 
 
@@ -440,7 +455,8 @@ body{margin:0;background:var(--bg);color:var(--text);font:16px/1.55 """
     + FONT
     + """}
 main{max-width:1140px;margin:0 auto;padding:2.2rem 1.2rem 3rem}
-h1{font-size:clamp(1.5rem,4vw,2.1rem);line-height:1.2;margin:0 0 .4rem;letter-spacing:-.015em;text-wrap:balance}
+h1{font-size:clamp(1.5rem,4vw,2.1rem);line-height:1.2;margin:0 0 .4rem;letter-spacing:-.015em;
+text-wrap:balance}
 h2{font-size:1.2rem;margin:0 0 .9rem;letter-spacing:-.01em}
 p{margin:.3rem 0;max-width:48rem}
 .lead{color:var(--text)}
@@ -453,7 +469,8 @@ figure svg{display:block;width:100%;max-width:460px;height:auto}
 .scroll{overflow-x:auto;margin:0 -1.2rem;padding:0 1.2rem}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:.5rem .7rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--grid)}
-thead th{font-size:.82rem;font-weight:550;color:var(--muted);white-space:normal;vertical-align:bottom;line-height:1.3}
+thead th{font-size:.82rem;font-weight:550;color:var(--muted);white-space:normal;
+vertical-align:bottom;line-height:1.3}
 tbody th{font-weight:550;text-align:left}
 th:first-child{text-align:left;padding-left:0}
 .key{display:inline-block;width:.75em;height:.75em;border-radius:50%;background:var(--c,var(--muted));margin-right:.55em}

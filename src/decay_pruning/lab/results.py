@@ -1,12 +1,13 @@
 """Result files: one JSON for all runs of a comparison, and what can be read off it.
 
-A result is written anew, atomically, after each run, so that a comparison can be stopped at any time and goes on where
-it was.
+A result is written anew, atomically, after each run, so that a comparison can be stopped at any time and goes on
+where it was.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import sys
@@ -147,7 +148,9 @@ class Result:
         values = settings.plain(self)
         runs = values.pop("runs")
         head = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False)
-        lines = ",\n".join(json.dumps(_finite(run), ensure_ascii=False, separators=(",", ":")) for run in runs)
+        lines = ",\n".join(
+            json.dumps(_finite(run), ensure_ascii=False, separators=(",", ":")) for run in runs
+        )
         write(path, f'{head[:-2]},\n "runs": [\n{lines}\n]\n}}\n')
 
 
@@ -240,7 +243,7 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any], at: str = "
 
 
 def anonymous(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's values with the paths of data and weights cut down to their last part: they name a machine."""
+    """A recipe's values with the paths of data and weights cut to their last part: they name a machine."""
     values = {k: dict(v) if isinstance(v, Mapping) else v for k, v in recipe.items()}
     for section, key in (("data", "root"), ("dense", "weights")):
         if values.get(section, {}).get(key):
@@ -275,7 +278,7 @@ def versions() -> dict[str, str]:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Processor, cores, threads and accelerator: what a latency depends on, and nothing that names its owner."""
+    """What a latency depends on, and nothing that names the machine's owner."""
     cuda = device.startswith("cuda")
     return {
         "system": f"{platform.system()} {platform.machine()}",
@@ -306,6 +309,6 @@ def _finite(value: Any) -> Any:
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, list):
         return [_finite(v) for v in value]
-    if isinstance(value, float) and not (value - value == 0):
+    if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

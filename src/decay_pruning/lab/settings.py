@@ -1,7 +1,7 @@
 """Plain values (TOML, JSON) ↔ trees of dataclasses, by their type hints.
 
-What a recipe may say is what the dataclasses say: a field that is added to one of them appears in recipes without a
-line here. Errors name the dotted key, and the nearest right one.
+What a recipe may say is what the dataclasses say: a field that is added to one of them appears in recipes without
+a line here. Errors name the dotted key, and the nearest right one.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def build(cls: type[T], values: Mapping[str, Any], *, at: str = "") -> T:
         at: dotted key of this section, for messages.
 
     Raises:
-        ConfigError: an unknown key, a value of the wrong type, one that the dataclass refuses, or a missing one.
+        ConfigError: an unknown key, a value of the wrong type, one that the dataclass refuses, or none.
     """
     hints = typing.get_type_hints(cls)
     known = {f.name: f for f in fields(cast(Any, cls)) if f.init}
@@ -104,8 +104,8 @@ def plain(value: object) -> Any:
 def override(values: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
     """A copy of nested `values` with "dotted.key=value" assignments applied.
 
-    A value is read as TOML (`5`, `0.1`, `true`, `[1, 2]`, `"text"`); what is not TOML is text, so that paths and
-    names need no quotes.
+    A value is read as TOML (`5`, `0.1`, `true`, `[1, 2]`, `"text"`); what is not TOML is text, so that paths
+    and names need no quotes.
 
     Raises:
         ConfigError: an assignment without "=", or through something that is not a section.
@@ -122,7 +122,9 @@ def override(values: Mapping[str, Any], assignments: Iterable[str]) -> dict[str,
             if inner is None or isinstance(inner, bool):  # `rectify = false`, and now one of its settings
                 inner = section[part] = {}
             if not isinstance(inner, MutableMapping):
-                raise ConfigError(f"{'.'.join(parts[: depth + 1])} is {inner!r}, not a section: {key} cannot be set")
+                raise ConfigError(
+                    f"{'.'.join(parts[: depth + 1])} is {inner!r}, not a section: {key} cannot be set"
+                )
             section = inner
         section[parts[-1]] = _value(text.strip())
     return result
@@ -155,7 +157,7 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     return best if score >= 0.6 else None
 
 
-# -- inside ----------------------------------------------------------------------------------------------------
+# -- inside --------------------------------------------------------------------------
 
 
 def _field(f: Field[Any], hint: Any, value: object, key: str) -> Any:
@@ -241,7 +243,11 @@ def _scalar(value: Any, hint: Any, key: str) -> Any:
     if hint is Path and isinstance(value, str):
         return Path(value)
     wanted = hint if isinstance(hint, type) else typing.get_origin(hint)
-    if isinstance(wanted, type) and isinstance(value, wanted) and not (wanted is int and isinstance(value, bool)):
+    if (
+        isinstance(wanted, type)
+        and isinstance(value, wanted)
+        and not (wanted is int and isinstance(value, bool))
+    ):
         return value
     raise ConfigError(f"{key} must be {_name(hint)}, got {_show(value)}")
 

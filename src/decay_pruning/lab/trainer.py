@@ -238,6 +238,7 @@ class History:
         return values
 
 
+_COUNTS = ("macs", "params", "decaying", "held", "released", "removed")
 #: Structures whose norms a row of the history holds at most.
 NORMS = 48
 
@@ -476,7 +477,7 @@ class _Book:
         rows = self.history.rows
         if not rows or rows[-1]["step"] != self._now["step"] or "accuracy" in rows[-1]:
             self._row()
-        rows[-1] |= {"accuracy": self.accuracy, "why": why}
+        rows[-1] |= {**self._counts(), "accuracy": self.accuracy, "why": why}
 
     def read_losses(self) -> None:
         if self._pending:
@@ -498,14 +499,16 @@ class _Book:
         return history
 
     def _row(self) -> None:
-        row = dict(self._now)
-        if self._pruner:
-            now = self._pruner.progress()
-            names = ("macs", "params", "decaying", "held", "released", "removed")
-            row |= {name: getattr(now, name) for name in names}
-            if now.decaying and (norms := self._sample(self._pruner.norms())):
-                row["norms"] = norms
+        row = self._now | self._counts()
+        if self._pruner and row["decaying"] and (norms := self._sample(self._pruner.norms())):
+            row["norms"] = norms
         self.history.rows.append(row)
+
+    def _counts(self) -> dict[str, int]:
+        if not self._pruner:
+            return {}
+        now = self._pruner.progress()
+        return {name: getattr(now, name) for name in _COUNTS}
 
     def _sample(self, norms: Mapping[str, float]) -> dict[str, float]:
         """Some of the norms: those followed so far, and evenly chosen others while there is room."""
