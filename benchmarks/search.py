@@ -1,6 +1,6 @@
 """Try settings on a recipe: variations × seeds from the same dense starts, several processes side by side.
 
-    python benchmarks/search.py recipes/digits.toml --grid smooth --seeds 0 1 2 --jobs 2 --out results/search-digits.json
+    python benchmarks/search.py recipes/digits.toml --grid smooth --seeds 0 1 2 --jobs 2 --out search.json
 
 Seeds and data of a search are not those of a final table: search on a validation split
 (`--set data.validation=0.1`) and report on other seeds. Finished runs are kept, so a stopped search goes on.
@@ -41,10 +41,21 @@ GRIDS: dict[str, Grid] = {
         **{
             f"rate {rate}, len {length}, from {begin}": (
                 "sr",
-                [f"prune.rectify.t_rate={rate}", f"prune.rectify.t_len={length}", f"prune.rectify.judge_from={begin}"],
+                [
+                    f"prune.rectify.t_rate={rate}",
+                    f"prune.rectify.t_len={length}",
+                    f"prune.rectify.judge_from={begin}",
+                ],
             )
             for begin in (0.3, 0.5)
-            for rate, length in ((0.0, 0.0), (0.01, 0.01), (0.02, 0.02), (0.05, 0.05), (0.1, 0.1), (0.05, 0.5))
+            for rate, length in (
+                (0.0, 0.0),
+                (0.01, 0.01),
+                (0.02, 0.02),
+                (0.05, 0.05),
+                (0.1, 0.1),
+                (0.05, 0.5),
+            )
         },
     },
 }
@@ -91,13 +102,17 @@ def table(rows: list[dict[str, Any]]) -> str:
         after = f"{statistics.mean(removed):6.2f}" if removed else "      "
         released = [r["released"] for r in runs.values() if r["released"] is not None]
         let_go = f"{statistics.mean(released):6.1f}" if released else ""
-        lines.append((accuracy, f"{name:<34} {len(runs)} {accuracy:6.2f}  {gain}   removed {after}  released {let_go}"))
+        lines.append(
+            (accuracy, f"{name:<34} {len(runs)} {accuracy:6.2f}  {gain}   removed {after}  released {let_go}")
+        )
     return "\n".join(line for _, line in sorted(lines, reverse=True))
 
 
 def main() -> None:
     """Run what is missing, write after each run, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipe")
     parser.add_argument("--grid", choices=list(GRIDS), nargs="+", default=list(GRIDS))
     parser.add_argument("--set", dest="assignments", nargs="*", default=[])
@@ -120,7 +135,9 @@ def main() -> None:
             "command": f"python benchmarks/search.py {args.recipe} --grid {' '.join(args.grid)} {shown} "
             f"--seeds {' '.join(map(str, args.seeds))} --jobs {args.jobs} --out {args.out}",
             "versions": results.versions(),
-            "machine": results.machine("cuda" if torch.cuda.is_available() and settings.device == "auto" else "cpu"),
+            "machine": results.machine(
+                "cuda" if torch.cuda.is_available() and settings.device == "auto" else "cpu"
+            ),
             "recipe": results.anonymous(settings.to_dict()),
         }
         results.write(args.out, json.dumps({**head, "rows": rows}, indent=1))

@@ -18,6 +18,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,11 @@ from decay_pruning import Custom, Goal, Picks, Pruner, Scene, SelfRectifying, Sm
 from decay_pruning.lab import models
 from decay_pruning.lab.results import machine, versions, write
 
-CASES: dict[str, tuple[str, int]] = {"resnet56": ("resnet56", 32), "resnet50": ("resnet50", 224), "vit-b": ("vit-b", 224)}
+CASES: dict[str, tuple[str, int]] = {
+    "resnet56": ("resnet56", 32),
+    "resnet50": ("resnet50", 224),
+    "vit-b": ("vit-b", 224),
+}
 
 
 def tenth(scene: Scene, goal: Goal) -> Picks:
@@ -46,6 +51,12 @@ def clock(device: torch.device, function: Callable[[], Any]) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def step(pruner: Pruner) -> None:
+    """What the hooks do around one optimizer step."""
+    pruner.engine.before_step()
+    pruner.engine.after_step()
 
 
 def bench(name: str, batch: int, device: torch.device, repeats: int) -> dict[str, Any]:
@@ -92,8 +103,7 @@ def bench(name: str, batch: int, device: torch.device, repeats: int) -> dict[str
     for _ in range(repeats):
         times["forward_backward"].append(clock(device, forward_backward))
         for arm, p in arms.items():
-            inner = [clock(device, lambda p=p: (p.engine.before_step(), p.engine.after_step())) for _ in range(3)]
-            times[arm] += inner
+            times[arm] += [clock(device, partial(step, p)) for _ in range(3)]
         if peer is not None:
             times["peer"].append(clock(device, lambda: peer.regularize(model)))
     whole = statistics.median(times["forward_backward"])
@@ -125,12 +135,18 @@ def memory(device: torch.device, forward_backward: Callable[[], None], pruner: P
     freed = before - torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     forward_backward()
-    return {"peak": with_engine, "index_maps": freed, "added": with_engine / (torch.cuda.max_memory_allocated(device)) - 1}
+    return {
+        "peak": with_engine,
+        "index_maps": freed,
+        "added": with_engine / (torch.cuda.max_memory_allocated(device)) - 1,
+    }
 
 
 def main() -> None:
     """Run the cases and write one JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--device", default="cpu")

@@ -108,7 +108,8 @@ ARMS: dict[str, tuple[SmoothPruning, SelfRectifying | None]] = {
 }
 
 everywhere = pytest.mark.parametrize(
-    ("model_name", "host_name"), [pytest.param(m, h, id=f"{m}-{h}") for m, h in itertools.product(MODELS, HOSTS)]
+    ("model_name", "host_name"),
+    [pytest.param(m, h, id=f"{m}-{h}") for m, h in itertools.product(MODELS, HOSTS)],
 )
 every_arm = pytest.mark.parametrize("arm", list(ARMS))
 

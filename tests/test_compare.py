@@ -82,9 +82,7 @@ def test_runs_are_paired(finished: tuple[Path, Result]) -> None:
         assert run.macs[0] == dense.macs[0]
         assert run.macs[1] <= 0.5 * run.macs[0]
         assert run.accuracy_removed is not None
-        assert (
-            run.report is not None and run.report["macs"] == list(run.macs) or run.report["macs"] == run.macs
-        )
+        assert run.report is not None and run.report["macs"] == run.macs
         assert all(latency > 0 for latency in run.latency)
     assert single.macs == sp.macs, "both prune what the host picks from the same start"
 
@@ -105,7 +103,7 @@ def test_lines_fade_to_zero(finished: tuple[Path, Result]) -> None:
 
 def test_the_result_file_is_whole(finished: tuple[Path, Result]) -> None:
     out, result = finished
-    assert results.load(out / "result.json") == result or _same(results.load(out / "result.json"), result)
+    assert _same(results.load(out / "result.json"), result)
     values = json.loads((out / "result.json").read_text())
     assert values["command"] == "decay-pruning compare small.toml"
     assert {"python", "torch", "torch-pruning", "decay-pruning"} <= set(values["versions"])
@@ -142,13 +140,9 @@ def test_resuming_runs_only_what_is_missing(tmp_path: Path) -> None:
 
     # Stopped and resumed or in one go: the same figures.
     whole = compare.compare(small(), ["single", "sp"], [0], tmp_path / "whole")
-    assert [(r.arm, r.accuracy, r.rows, r.lines) for r in settings_free(whole)] == [
-        (r.arm, r.accuracy, r.rows, r.lines) for r in settings_free(second)
+    assert [(r.arm, r.accuracy, r.rows, r.lines) for r in whole.runs] == [
+        (r.arm, r.accuracy, r.rows, r.lines) for r in second.runs
     ]
-
-
-def settings_free(result: Result) -> list[Run]:
-    return list(result.runs)
 
 
 def test_another_recipe_does_not_mix_in(tmp_path: Path, finished: tuple[Path, Result]) -> None:
@@ -168,6 +162,22 @@ def test_paths_of_this_machine_stay_out_of_the_result() -> None:
     hidden = results.anonymous(values)
     assert hidden["data"]["root"] == "cifar10" and hidden["dense"]["weights"] == "w.pt"
     assert values["data"]["root"] == "/home/someone/cifar10"
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        ("decay-pruning run a.toml --out /tmp/x/y", "decay-pruning run a.toml --out y"),
+        ("decay-pruning run recipes/a.toml --set data.root=/home/me/cifar10", None),
+        ("decay-pruning run a.toml --set 'data.root=/my data'", None),
+        ("decay-pruning run a.toml --out ~/x", "decay-pruning run a.toml --out x"),
+    ],
+)
+def test_absolute_paths_stay_out_of_the_command(command: str, shown: str | None) -> None:
+    found = results.without_paths(command)
+    assert "/home" not in found and "=/" not in found and " /" not in found
+    assert "recipes/a.toml" in found or "recipes/a.toml" not in command
+    assert shown is None or found == shown
 
 
 def test_errors_name_arm_and_seed(tmp_path: Path) -> None:

@@ -88,7 +88,12 @@ def test_gpu_agrees_with_cpu():
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
         rectify = SelfRectifying(t_rate=-0.05, t_len=-1.0)
         pruner = Pruner(
-            model, example(torch.float64).to(device), optimizer, 0.5, smooth=SmoothPruning(steps=4), rectify=rectify
+            model,
+            example(torch.float64).to(device),
+            optimizer,
+            0.5,
+            smooth=SmoothPruning(steps=4),
+            rectify=rectify,
         )
         stream = batches(1, torch.float64)
         for _ in range(12):

@@ -1,4 +1,4 @@
-"""Zeros are held against momentum and weight decay; released structures stay, cool down, and others take their place."""
+"""Zeros are held; released structures stay and cool down, and others take their place."""
 
 import torch
 
@@ -82,7 +82,10 @@ def test_events_tell_the_whole_story(model_name, host_name, arm):
     for _ in range(30):
         run.step()
     report = run.pruner.finish()
-    told = {kind: sum(len(e.indices) for e in events if e.kind == kind) for kind in ("picked", "released", "removed")}
+    told = {
+        kind: sum(len(e.indices) for e in events if e.kind == kind)
+        for kind in ("picked", "released", "removed")
+    }
     assert told == {"picked": report.picked, "released": report.released, "removed": report.removed}
     for e in events:
         for values in e.values.values():
@@ -123,7 +126,9 @@ def test_bad_custom_picks_change_nothing():
         ({}, "picked nothing"),
     ):
         run = start("residual", "custom", host=lambda scene, goal, wrong=wrong: wrong)
-        state = {k: v.clone() for k, v in run.model.state_dict().items() if "running" not in k and "num" not in k}
+        state = {
+            k: v.clone() for k, v in run.model.state_dict().items() if "running" not in k and "num" not in k
+        }
         with pytest.raises((ConfigError, Exception), match=message):
             run.step()
         assert all(torch.equal(run.model.state_dict()[k], v) for k, v in state.items())

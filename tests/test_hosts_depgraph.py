@@ -25,7 +25,10 @@ def test_every_importance_meets_the_target(importance, scope, model_name):
 def test_an_own_importance():
     """Any function of a torch-pruning group: here the last channels go first."""
     run = start(
-        "residual", "depgraph", "single", host=DepGraph(importance=lambda g: -torch.arange(len(g[0].idxs)).float())
+        "residual",
+        "depgraph",
+        "single",
+        host=DepGraph(importance=lambda g: -torch.arange(len(g[0].idxs)).float()),
     )
     picks = run.pruner.plan().picks
     for name, ids in picks.items():
@@ -53,7 +56,9 @@ def test_local_takes_the_same_share_of_each():
 
 @pytest.mark.parametrize("scope", ["global", "local"])
 def test_rounding_up(scope, caplog):
-    run = start("plain", "depgraph", "single", host=DepGraph(round_to=4, scope=scope), target=Target(macs=0.6))
+    run = start(
+        "plain", "depgraph", "single", host=DepGraph(round_to=4, scope=scope), target=Target(macs=0.6)
+    )
     for now, after in run.pruner.plan().widths.values():
         assert after == now or after % 4 == 0
     for _ in range(3):
@@ -71,7 +76,12 @@ def test_a_tenth_of_16_at_a_multiple_of_8_stays_16(caplog):
     host = DepGraph(round_to=8)
     with caplog.at_level(logging.INFO, "decay_pruning"):
         plan = Pruner(
-            model, torch.zeros(1, 4), optimizer, Target(structures=0.9), host=host, smooth=SmoothPruning(steps=1)
+            model,
+            torch.zeros(1, 4),
+            optimizer,
+            Target(structures=0.9),
+            host=host,
+            smooth=SmoothPruning(steps=1),
         ).plan()
     assert plan.widths["0"] == (16, 16)
     assert plan.widths["2"][1] % 8 == 0
@@ -86,7 +96,9 @@ def test_minimum_kept(min_kept):
 
 
 def test_ignored_layers_keep_their_width():
-    run = start("residual", "depgraph", "single", host=DepGraph(ignored=("conv2",)), target=Target(structures=0.8))
+    run = start(
+        "residual", "depgraph", "single", host=DepGraph(ignored=("conv2",)), target=Target(structures=0.8)
+    )
     run.step()
     assert run.model.conv2.out_channels == 12
     assert "conv2" in run.pruner.report().unprunable
@@ -109,7 +121,9 @@ def test_sparse_learning_is_the_published_formula():
     # conv2 feeds conv3 alone: rows of conv2, gamma of bn2, columns of conv3
     w = {k: v.detach() for k, v in parameters.items()}
     square = (
-        w["conv2.weight"].square().sum((1, 2, 3)) + w["bn2.weight"].square() + w["conv3.weight"].square().sum((0, 2, 3))
+        w["conv2.weight"].square().sum((1, 2, 3))
+        + w["bn2.weight"].square()
+        + w["conv3.weight"].square().sum((0, 2, 3))
     )
     size = square.sqrt()
     pull = 0.01 * 16 ** ((size.max() - size) / (size.max() - size.min()))
@@ -137,7 +151,8 @@ def test_sparse_learning_stops_at_the_first_pick():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"importance": "magic"}, {"scope": "galactic"}, {"rounds": 0}, {"round_to": 0}, {"min_kept": 1.5}]
+    "wrong",
+    [{"importance": "magic"}, {"scope": "galactic"}, {"rounds": 0}, {"round_to": 0}, {"min_kept": 1.5}],
 )
 def test_wrong_settings(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):

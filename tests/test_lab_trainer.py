@@ -422,3 +422,28 @@ def test_two_processes_train_and_prune_as_one_does(tmp_path: Path) -> None:
     history = train(alone, toy(), SETTINGS, seed=0, pruner_factory=Stub.at(4))
     torch.testing.assert_close(weights, flat(alone), rtol=1e-4, atol=1e-6)
     assert (accuracy, steps) == (history.accuracy, 12)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+class TestOnAGpu:
+    @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+    def test_learns_and_prunes(self, precision: Any) -> None:
+        settings = replace(SETTINGS, precision=precision, epochs=4, clip_norm=5.0, augment=("crop",))
+        model = net()
+        history = train(model, toy(), settings, seed=0, pruner_factory=Stub.at(6))
+        assert history.accuracy == 100 and history.accuracy == evaluate(model, toy())
+        assert all(p.is_cuda for p in model.parameters())
+
+    def test_no_step_waits_for_the_device(self) -> None:
+        data = toy(channels=3)
+        model = models.build("resnet20", classes=2)
+        training = Training(model, data, replace(SETTINGS, channels_last=True, clip_norm=1.0), seed=0)
+        batches = training.batches.epoch(0)
+        training._step(next(batches), 0.1)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for batch in batches:
+                training._step(batch, 0.1)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

@@ -6,8 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from decay_pruning import schedules
-from decay_pruning import reference
+from decay_pruning import reference, schedules
 from decay_pruning import structures as structures_module
 from decay_pruning.decay import SLICES, SmoothPruning
 from decay_pruning.engine import Engine
@@ -66,7 +65,9 @@ def make(seed: int) -> tuple[dict[str, nn.Parameter], StructureSet]:
     return parameters, StructureSet(groups, sizes)
 
 
-def slices_of(structures: StructureSet, group: str, index: int, roles: frozenset[Role]) -> list[reference.Slice]:
+def slices_of(
+    structures: StructureSet, group: str, index: int, roles: frozenset[Role]
+) -> list[reference.Slice]:
     couplings = structures.groups[group].couplings
     chosen = [c for c in couplings if c.role in roles] or list(couplings)
     return [(c.tensor, c.dim, c.position[c.owner == index].tolist()) for c in chosen]
@@ -78,7 +79,9 @@ def slices_of(structures: StructureSet, group: str, index: int, roles: frozenset
     schedule=st.sampled_from(sorted(schedules.SCHEDULES)),
     bound=st.sampled_from(["slice", "joint"]),
     slices=st.sampled_from(sorted(SLICES)),
-    picked=st.lists(st.tuples(st.sampled_from(["stream", "hidden"]), st.integers(0, HIDDEN - 2)), min_size=1, unique=True),
+    picked=st.lists(
+        st.tuples(st.sampled_from(["stream", "hidden"]), st.integers(0, HIDDEN - 2)), min_size=1, unique=True
+    ),
     late=st.tuples(st.sampled_from(["stream", "hidden"]), st.just(HIDDEN - 1)),
     N=st.integers(1, 8),
     t_rate=st.none() | st.sampled_from([-1.0, 0.0, 0.2]),
@@ -86,7 +89,9 @@ def slices_of(structures: StructureSet, group: str, index: int, roles: frozenset
 )
 def test_engine_agrees_with_reference(seed, schedule, bound, slices, picked, late, N, t_rate, momentum):
     smooth = SmoothPruning(steps=N, schedule=schedule, bound=bound, slices=slices)
-    rectify = None if t_rate is None else SelfRectifying(t_rate=t_rate, t_len=-0.1, warmup=0.2, judge_from=0.3)
+    rectify = (
+        None if t_rate is None else SelfRectifying(t_rate=t_rate, t_len=-0.1, warmup=0.2, judge_from=0.3)
+    )
     fast, structures = make(seed)
     slow, _ = make(seed)
     lr = 0.05
@@ -119,7 +124,10 @@ def test_engine_agrees_with_reference(seed, schedule, bound, slices, picked, lat
             list(decaying.values()), slow, schedules.SCHEDULES[schedule], bound=bound,
             t_rate=t_rate, t_len=-0.1, judge_from=0.3,
         )  # fmt: skip
-        for key, s in decaying.items():  # the reference fades the chosen slices only: zero the rest as the engine does
+        for (
+            key,
+            s,
+        ) in decaying.items():  # the reference fades the chosen slices only: zero the rest as the engine does
             if s.alive == "zero":
                 every = slices_of(structures, *key, frozenset(Role))
                 with torch.no_grad():

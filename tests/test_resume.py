@@ -49,7 +49,8 @@ def test_resume_in_a_new_process(tmp_path, host_name, optimizer):
             torch.save({name: part.state_dict() for name, part in state.items()}, tmp_path / f"stop{step}.pt")
         run.step()
     assert run.pruner.progress().released > 0, "nothing was released, so this would prove little"
-    code = f"from tests.test_resume import go_on; from pathlib import Path; go_on(Path({str(tmp_path)!r}), {host_name!r}, {optimizer!r})"
+    arguments = f"Path({str(tmp_path)!r}), {host_name!r}, {optimizer!r}"
+    code = f"from pathlib import Path; from tests.test_resume import go_on; go_on({arguments})"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
     expected = run.model.state_dict()
     for stop in STOPS:
@@ -68,4 +69,6 @@ def test_a_state_of_another_model_is_refused():
 def test_fixed_weights():
     """The registry's models start the same every time, on which every test here relies."""
     a, b = build_model("residual"), build_model("residual")
-    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )

@@ -1,6 +1,7 @@
 """Schedules, settings and the arithmetic of resistance."""
 
 import functools
+import itertools
 import math
 
 import pytest
@@ -19,7 +20,7 @@ def test_schedules_fall_from_one_to_zero(name, N):
     path = [schedules.SCHEDULES[name](n, N) for n in range(N + 1)]
     assert path[0] == pytest.approx(1)
     assert path[-1] == pytest.approx(0, abs=1e-12)
-    assert all(a > b for a, b in zip(path, path[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(path))
     assert SmoothPruning(schedule=name).left(N, N) == 0.0
 
 
@@ -47,7 +48,14 @@ def test_wrong_smooth_settings(wrong, message):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"t_rate": 2.0}, {"average": 1.0}, {"warmup": 1.0}, {"judge_from": -0.1}, {"cooldown": -1}, {"criterion": "x"}],
+    [
+        {"t_rate": 2.0},
+        {"average": 1.0},
+        {"warmup": 1.0},
+        {"judge_from": -0.1},
+        {"cooldown": -1},
+        {"criterion": "x"},
+    ],
 )
 def test_wrong_rectify_settings(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):

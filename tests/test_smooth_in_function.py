@@ -1,5 +1,7 @@
 """The decay is smooth in the function, not only in the norm."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -13,7 +15,9 @@ N = 20
 
 def travelled(smooth: SmoothPruning, model_name: str = "residual") -> list[float]:
     """After each step, how far the output has moved from where it was to where it ends (0 … 1); nothing is learned."""
-    run = start(model_name, "depgraph", smooth=smooth, target=0.5, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+    run = start(
+        model_name, "depgraph", smooth=smooth, target=0.5, optimizer=lambda p: torch.optim.SGD(p, lr=0.0)
+    )
     x, _ = next(batches(7))
     outputs = []
     for _ in range(N):
@@ -28,7 +32,7 @@ def travelled(smooth: SmoothPruning, model_name: str = "residual") -> list[float
 
 
 def largest_step(path: list[float]) -> float:
-    return max(b - a for a, b in zip(path, path[1:], strict=False))
+    return max(b - a for a, b in itertools.pairwise(path))
 
 
 @pytest.mark.parametrize("model_name", ["residual", "plain"])

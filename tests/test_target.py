@@ -11,7 +11,9 @@ from .registry import every_arm, everywhere, example, start
 
 @everywhere
 @every_arm
-@pytest.mark.parametrize("target", [Target(macs=0.5), Target(params=0.4), Target(structures=0.7)], ids=lambda t: t.of)
+@pytest.mark.parametrize(
+    "target", [Target(macs=0.5), Target(params=0.4), Target(structures=0.7)], ids=lambda t: t.of
+)
 def test_met_within_one_structure(model_name, host_name, arm, target):
     run = start(model_name, host_name, arm, target=target)
     for _ in range(40):

@@ -1,8 +1,8 @@
 """Structured pruning without the accuracy cliff: the Decay Pruning Method (Yang et al., arXiv 2406.03879).
 
-    pruner = Pruner(model, example_inputs, optimizer, Target(macs=0.5), total_steps=len(loader) * epochs)
-    ...  # your training loop, unchanged
-    report = pruner.finish()
+pruner = Pruner(model, example_inputs, optimizer, Target(macs=0.5), total_steps=len(loader) * epochs)
+...  # your training loop, unchanged
+report = pruner.finish()
 """
 
 from decay_pruning import schedules

@@ -45,7 +45,7 @@ Assignments = Annotated[
 
 @dataclass
 class Inspect:
-    """Show what could be pruned in a model, layer by layer, what it costs, and what cannot be pruned and why."""
+    """Show what could be pruned in a model, layer by layer, and what cannot be and why."""
 
     model: Positional[str]
     """A model of the zoo, such as resnet56, or module:function for your own."""
@@ -252,8 +252,8 @@ def _table(result: Result) -> Table:
     table = Table(
         title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
     )
-    table.add_column("Arm")
-    for head in ("Top-1 %", "vs single [95 %]", "Just\nremoved", "MACs\n%", "Params\n%", "ms", "Let go"):
+    table.add_column("Arm", no_wrap=True)
+    for head in ("Top-1 %", "vs single [95 %]", "After\ncut", "MACs\n%", "Params\n%", "ms", "Let\ngo"):
         table.add_column(head, justify="right", no_wrap=True)
     for s in summarise(result):
         d = s.difference
@@ -267,7 +267,7 @@ def _table(result: Result) -> Table:
             "" if s.removed is None else f"{s.removed.mean:.1f}",
             f"{s.macs.mean:.1f}",
             f"{s.params.mean:.1f}",
-            f"{s.latency.mean:.2f}",
+            f"{s.latency.mean:.3g}",
             "" if s.arm == "dense" else f"{s.released:.0f}",
         )
     return table

@@ -197,7 +197,9 @@ class Engine:
         busy = set(self.decaying) | set(_keys(self.held))
         for name, ids in picks.items():
             if name not in self.structures.groups:
-                raise ConfigError(f"no layer group is called {name!r}; there are: {', '.join(self.structures.groups)}")
+                raise ConfigError(
+                    f"no layer group is called {name!r}; there are: {', '.join(self.structures.groups)}"
+                )
             missing = sorted(set(ids) - set(self.structures.groups[name].ids.tolist()))
             if missing:
                 raise ConfigError(f"layer group {name!r} has no structures {missing} (any more)")
@@ -250,7 +252,9 @@ class Engine:
         """Which structures can be picked now: layer group → bool, parallel to its `ids`."""
         barred = {key for key, free in self._free_again.items() if free > self._picks_made}
         barred |= set(self.decaying) | set(_keys(self.held))
-        masks = {name: torch.ones(len(group), dtype=torch.bool) for name, group in self.structures.groups.items()}
+        masks = {
+            name: torch.ones(len(group), dtype=torch.bool) for name, group in self.structures.groups.items()
+        }
         for name, index in barred:
             masks[name] &= self.structures.groups[name].ids.ne(index)
         return masks
@@ -275,7 +279,9 @@ class Engine:
         if self._fading is None:
             return {}
         rows = self._fading.mean.T.tolist()
-        return {k: dict(zip(Resistance._fields, r, strict=True)) for k, r in zip(self.decaying, rows, strict=True)}
+        return {
+            k: dict(zip(Resistance._fields, r, strict=True)) for k, r in zip(self.decaying, rows, strict=True)
+        }
 
     # -- saving ----------------------------------------------------------------------------------------------
 
@@ -334,7 +340,9 @@ class Engine:
         )
         watching = torch.tensor(watched)[number]
         fading.seen += watching
-        weight = torch.tensor([rectify.weight(max(int(s), 1)) for s in fading.seen.unique()], dtype=batch.dtype)
+        weight = torch.tensor(
+            [rectify.weight(max(int(s), 1)) for s in fading.seen.unique()], dtype=batch.dtype
+        )
         weight = weight[torch.unique(fading.seen, return_inverse=True)[1]] * watching
         fading.mean += weight.to(batch.device) * (torch.stack(now) - fading.mean)
 
@@ -352,7 +360,9 @@ class Engine:
         for key in keys:
             self._free_again[key] = self._picks_made + rectify.cooldown
         self.counts.released += len(keys)
-        values = {name: fading.mean[i][out.to(fading.mean.device)] for i, name in enumerate(Resistance._fields)}
+        values = {
+            name: fading.mean[i][out.to(fading.mean.device)] for i, name in enumerate(Resistance._fields)
+        }
         self._regroup([fading], leave=out)
         self._emit("released", keys, values)
 
@@ -376,7 +386,9 @@ class Engine:
     # -- helpers ---------------------------------------------------------------------------------------------
 
     def _batch(self, picks: Picks, roles: Iterable[Role] | None = None) -> SliceBatch:
-        return SliceBatch(self.structures, picks, self._parameters(), self.smooth.roles if roles is None else roles)
+        return SliceBatch(
+            self.structures, picks, self._parameters(), self.smooth.roles if roles is None else roles
+        )
 
     def _regroup(self, parts: list[_Fading], leave: Tensor | None = None) -> None:
         """Put decaying structures together anew, less those of `leave`, and carry their figures over."""
@@ -419,7 +431,9 @@ class Engine:
         at_place = [rate.get(id(parameters[name]), 0.0) for name, _ in batch.places]
         return torch.tensor(at_place, dtype=batch.dtype, device=batch.device)[batch.slice_place]
 
-    def _emit(self, kind: Literal["picked", "released", "removed"], keys: list[Key], values: dict[str, Tensor]) -> None:
+    def _emit(
+        self, kind: Literal["picked", "released", "removed"], keys: list[Key], values: dict[str, Tensor]
+    ) -> None:
         if not keys:
             return
         columns = {name: value.tolist() for name, value in values.items()}

@@ -1,8 +1,8 @@
 """The pruner: puts a host, the engine and surgery together inside the user's own training loop.
 
-    pruner = Pruner(model, example_inputs, optimizer, Target(macs=0.5), total_steps=len(loader) * epochs)
-    ...                      # the loop as it was; optimizer.step() drives everything
-    report = pruner.finish()
+pruner = Pruner(model, example_inputs, optimizer, Target(macs=0.5), total_steps=len(loader) * epochs)
+...                      # the loop as it was; optimizer.step() drives everything
+report = pruner.finish()
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ class Pruner:
         )
 
     def norms(self) -> dict[str, float]:
-        """"layer group:index" → norm now over norm at the pick, for what is decaying."""
+        """ "layer group:index" → norm now over norm at the pick, for what is decaying."""
         return {f"{name}:{index}": value for (name, index), value in self.engine.norms().items()}
 
     def plan(self) -> Plan:
@@ -213,7 +213,8 @@ class Pruner:
         """What has been done so far."""
         counts = self.engine.counts
         widths = {
-            name: (len(group), len(self.structures.groups[name])) for name, group in self.original.groups.items()
+            name: (len(group), len(self.structures.groups[name]))
+            for name, group in self.original.groups.items()
         }
         return PruningReport(
             macs=(self.before.macs, self._costs.now.macs),
@@ -260,7 +261,9 @@ class Pruner:
         if state.get("version") != 1 or state.get("structures") != own:
             raise ConfigError("this state was saved for another model: its layer groups or widths differ")
         if self.structures is not self.original or self.engine.step:
-            raise ConfigError("load the state into a fresh pruner on the original model, before any training step")
+            raise ConfigError(
+                "load the state into a fresh pruner on the original model, before any training step"
+            )
         if state["removed"]:
             surgery.shrink(self.model, self.original.kept(state["removed"]), self._optimizer)
         structures = self.original.without(state["removed"])
@@ -294,7 +297,9 @@ class Pruner:
     # -- inside ----------------------------------------------------------------------------------------------
 
     def _pick(self) -> None:
-        extra = self._round - self.host.rounds  # rounds beyond the planned ones: others in place of released ones
+        extra = (
+            self._round - self.host.rounds
+        )  # rounds beyond the planned ones: others in place of released ones
         retries = self.rectify.retries if self.rectify is not None else 0
         goal = self._goal(min(1.0, (self._round + 1) / self.host.rounds))
         self._round += 1
@@ -411,7 +416,9 @@ def _as_host(host: Host | Callable[[Scene, Goal], Picks] | None) -> Host:
         return host  # type: ignore[return-value]
     if callable(host):
         return Custom(host)
-    raise ConfigError(f"host must be a host such as DepGraph(), or a function (scene, goal) -> picks, not {host!r}")
+    raise ConfigError(
+        f"host must be a host such as DepGraph(), or a function (scene, goal) -> picks, not {host!r}"
+    )
 
 
 def _unwrap(optimizer: Optimizer) -> Optimizer:

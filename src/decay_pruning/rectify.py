@@ -67,7 +67,7 @@ class SelfRectifying:
         average: None for the plain mean over the decay so far, or the factor β in (0, 1) of an exponential average
             (bias-corrected).
         warmup: share of the decay, in [0, 1), whose gradients are not averaged.
-        judge_from: share of the decay, in [0, 1), from which on a structure can be released. The last step never judges.
+        judge_from: share of the decay, in [0, 1), from which on structures can be released. The last step never judges.
         cooldown: for how many later picks a released structure is not picked again.
         retries: how often the host may pick others in place of released ones with rectifying on. One more
             round, without rectifying, meets the target for sure.
@@ -92,12 +92,16 @@ class SelfRectifying:
             raise ConfigError(f"rectify.average is None or a factor between 0 and 1, not {self.average}")
         for name in ("warmup", "judge_from"):
             if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"rectify.{name} is a share of the decay in [0, 1), not {getattr(self, name)}")
+                raise ConfigError(
+                    f"rectify.{name} is a share of the decay in [0, 1), not {getattr(self, name)}"
+                )
         for name in ("cooldown", "retries"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"rectify.{name} must not be negative, not {getattr(self, name)}")
         if isinstance(self.criterion, str) and self.criterion not in CRITERIA:
-            raise ConfigError(f"no criterion is called {self.criterion!r}; choose one of {', '.join(CRITERIA)}")
+            raise ConfigError(
+                f"no criterion is called {self.criterion!r}; choose one of {', '.join(CRITERIA)}"
+            )
 
     def observes(self, n: int, N: int) -> bool:
         """Whether the gradient of step n of N (counted from 1) goes into the averages."""

@@ -58,9 +58,7 @@ def pick(slices: Sequence[Slice], N: int, parameters: Mapping[str, Tensor]) -> D
     return Decaying(slices, N, norms)
 
 
-def observe(
-    s: Decaying, parameters: Mapping[str, Tensor], lr: float, *, warmup: float
-) -> None:
+def observe(s: Decaying, parameters: Mapping[str, Tensor], lr: float, *, warmup: float) -> None:
     """Before an optimizer step: how much does the gradient resist? (see `rectify` for the definitions)"""
     if s.n + 1 <= warmup * s.N:
         return

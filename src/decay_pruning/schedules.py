@@ -74,6 +74,11 @@ def resolve(schedule: str | Schedule) -> Schedule:
     if not callable(schedule):
         raise ConfigError(f"a schedule is a name or a function (n, N) -> fraction, not {schedule!r}")
     points = [schedule(n, 4) for n in range(5)]
-    if not all(isinstance(p, int | float) and -1e-6 <= p <= 1 + 1e-6 for p in points) or abs(points[0] - 1) > 1e-6:
-        raise ConfigError(f"a schedule returns a fraction from 1 (n = 0) down to 0; {schedule!r} gave {points} for N = 4")
+    if (
+        not all(isinstance(p, int | float) and -1e-6 <= p <= 1 + 1e-6 for p in points)
+        or abs(points[0] - 1) > 1e-6
+    ):
+        raise ConfigError(
+            f"a schedule returns a fraction from 1 (n = 0) down to 0; {schedule!r} gave {points} for N = 4"
+        )
     return schedule

@@ -31,7 +31,9 @@ class Role(StrEnum):
     SCALE = "scale"  #: γ of a normalisation layer
     SHIFT = "shift"  #: β of a normalisation layer
     COLUMN = "column"  #: weights that consume the structure
-    OTHER = "other"  #: a parameter that is cut with the structure and carries none of its strength (PReLU slope)
+    OTHER = (
+        "other"  #: a parameter that is cut with the structure and carries none of its strength (PReLU slope)
+    )
     BUFFER = "buffer"  #: running statistics
     ATTRIBUTE = "attribute"  #: an integer or a tuple on a module ("conv1.out_channels"), set to what is kept
 
@@ -176,7 +178,8 @@ class _Sums:
 
     def __call__(self, values: Tensor) -> Tensor:
         padded = torch.cat([values, values.new_zeros(1)])
-        return padded[self._index].sum(1)
+        summed: Tensor = padded[self._index].sum(1)
+        return summed
 
 
 @dataclass(frozen=True)
@@ -194,10 +197,12 @@ class _Chosen:
 class _Flat:
     """All slices in small tensors, as element indices into their concatenation.
 
-    Slices are numbered in the order of `chosen`; those of one pass (the n-th dimension of each tensor) share no element.
+    Slices are numbered in the order of `chosen`. Those of one pass (the n-th dimension of each tensor) share nothing.
     """
 
-    def __init__(self, chosen: Sequence[_Chosen], tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    def __init__(
+        self, chosen: Sequence[_Chosen], tensors: Mapping[str, Tensor], device: torch.device
+    ) -> None:
         self.names = sorted({c.tensor for c in chosen})
         ends = torch.tensor([tensors[name].numel() for name in self.names]).cumsum(0).tolist()
         offset = dict(zip(self.names, [0, *ends], strict=False))
@@ -208,7 +213,10 @@ class _Flat:
             mine = every.index_select(c.dim, c.position).movedim(c.dim, 0).reshape(c.position.numel(), -1)
             slot = c.slot[:, None].expand_as(mine)
             keep = torch.ones_like(mine, dtype=torch.bool)
-            for dim, slot_there in c.lower:  # a crossing of a structure with itself belongs to the lower dimension
+            for (
+                dim,
+                slot_there,
+            ) in c.lower:  # a crossing of a structure with itself belongs to the lower dimension
                 stride = shape[dim + 1 :].numel()
                 keep &= slot_there[mine // stride % shape[dim]] != slot
             members, number = torch.unique(c.slot, return_inverse=True)
@@ -224,15 +232,21 @@ class _Flat:
         self._passes = torch.tensor(passes).cumsum(0).tolist()
         self.slices = self._lengths.numel()
 
-    def joined(self, tensors: Mapping[str, Tensor | None], like: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    def joined(
+        self, tensors: Mapping[str, Tensor | None], like: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> Tensor:
         parts = [tensors[name] for name in self.names]
-        whole = [torch.zeros_like(like[n]) if t is None else t for n, t in zip(self.names, parts, strict=True)]
+        whole = [
+            torch.zeros_like(like[n]) if t is None else t for n, t in zip(self.names, parts, strict=True)
+        ]
         device = self._elements.device
         if any(t.dtype != dtype or t.device != device for t in whole):
             whole = [t.to(device, dtype) for t in whole]
         return torch.cat([t.reshape(-1) for t in whole])
 
-    def gather(self, tensors: Mapping[str, Tensor | None], like: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    def gather(
+        self, tensors: Mapping[str, Tensor | None], like: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> Tensor:
         return self.joined(tensors, like, dtype).index_select(0, self._elements)
 
     def sums(self, values: Tensor) -> Tensor:
@@ -247,7 +261,11 @@ class _Flat:
         self._write(tensors, joined)
 
     def zero_(self, tensors: Mapping[str, Tensor]) -> None:
-        dtype = torch.float64 if any(tensors[name].dtype == torch.float64 for name in self.names) else torch.float32
+        dtype = (
+            torch.float64
+            if any(tensors[name].dtype == torch.float64 for name in self.names)
+            else torch.float32
+        )
         self._write(tensors, self.joined(tensors, tensors, dtype).index_fill_(0, self._elements, 0.0))
 
     def _write(self, tensors: Mapping[str, Tensor], joined: Tensor) -> None:
@@ -282,7 +300,8 @@ class _Block:
         """⟨a, b⟩ of every position, shape (P,)."""
         rest = [d for d in range(a.ndim) if d != self.dim]
         if a is b and rest:
-            return torch.linalg.vector_norm(a, dim=rest).square_()
+            squares: Tensor = torch.linalg.vector_norm(a, dim=rest).square_()
+            return squares
         return (a * b).sum(rest) if rest else a * b
 
     def scale_(self, tensor: Tensor, factor: Tensor) -> None:
@@ -338,17 +357,17 @@ class SliceBatch:
         self.slots = len(self.keys)
 
         every = [_merge(place, parts, found, tensors) for place, parts in found.items()]
-        small = [c for c in every if tensors[c.tensor].numel() <= _SMALL]
-        small.sort(key=lambda c: (len(c.lower), c.tensor, c.dim))
-        large = [c for c in every if tensors[c.tensor].numel() > _SMALL]
-        large.sort(key=lambda c: (c.tensor, c.dim))
+        small = [each for each in every if tensors[each.tensor].numel() <= _SMALL]
+        small.sort(key=lambda each: (len(each.lower), each.tensor, each.dim))
+        large = [each for each in every if tensors[each.tensor].numel() > _SMALL]
+        large.sort(key=lambda each: (each.tensor, each.dim))
         ordered = [*small, *large]
-        self.places: list[Place] = [(c.tensor, c.dim) for c in ordered]
+        self.places: list[Place] = [(each.tensor, each.dim) for each in ordered]
         self.device = tensors[ordered[0].tensor].device if ordered else torch.device("cpu")
-        double = any(tensors[c.tensor].dtype == torch.float64 for c in ordered)
+        double = any(tensors[each.tensor].dtype == torch.float64 for each in ordered)
         self.dtype = torch.float64 if double else torch.float32
 
-        members = [torch.unique(c.slot) for c in ordered]
+        members = [torch.unique(each.slot) for each in ordered]
         self.slices = sum(m.numel() for m in members)
         none = torch.zeros(0, dtype=torch.int64)
         slice_slot = torch.cat([none, *members])
@@ -356,15 +375,15 @@ class SliceBatch:
         numbers = [torch.full_like(m, i) for i, m in enumerate(members)]
         self.slice_place = torch.cat([none, *numbers]).to(self.device)  #: (slices,), index into `places`
         self._flat = _Flat(small, tensors, self.device) if small else None
-        self._blocks = [_Block(c, tensors[c.tensor].device) for c in large]
+        self._blocks = [_Block(each, tensors[each.tensor].device) for each in large]
         # positions of the blocks → slices, numbered after those of the flat part
         of_position, count = [none], 0
-        for c, m in zip(large, members[len(small) :], strict=True):
-            of_position.append(torch.searchsorted(m, c.slot) + count)
+        for each, m in zip(large, members[len(small) :], strict=True):
+            of_position.append(torch.searchsorted(m, each.slot) + count)
             count += m.numel()
         position_slice = torch.cat(of_position)
         self._position_slice = (position_slice + self.slices - count).to(self.device)
-        self._position_counts = [c.position.numel() for c in large]
+        self._position_counts = [each.position.numel() for each in large]
         self._block_sums = _Sums(position_slice, count, self.device)
         self._slot_sums = _Sums(slice_slot, self.slots, self.device)
 

@@ -82,14 +82,18 @@ class DepGraph:
 
     def __post_init__(self) -> None:
         if isinstance(self.importance, str) and self.importance not in IMPORTANCES:
-            raise ConfigError(f"no importance is called {self.importance!r}; choose one of {', '.join(IMPORTANCES)}")
+            raise ConfigError(
+                f"no importance is called {self.importance!r}; choose one of {', '.join(IMPORTANCES)}"
+            )
         if self.scope not in ("global", "local"):
             raise ConfigError(f"host.scope must be 'global' or 'local', not {self.scope!r}")
         for name, least in (("rounds", 1), ("round_to", 1), ("interval", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"host.{name} must be at least {least}, not {getattr(self, name)}")
         if isinstance(self.min_kept, float) and not 0 <= self.min_kept < 1:
-            raise ConfigError(f"host.min_kept = {self.min_kept}: a float is a share, in [0, 1); write an int for a number")
+            raise ConfigError(
+                f"host.min_kept = {self.min_kept}: a float is a share, in [0, 1); write an int for a number"
+            )
 
     def graph(self, model: nn.Module, example_inputs: object) -> Graph:
         """Find the structures of a model."""
@@ -110,13 +114,17 @@ class _Ranking(Picker):
         self._regulariser = GroupRegulariser(host.sparse) if host.sparse is not None else None
 
     def check(self, scene: Scene, goal: Goal) -> None:
-        self._choose(scene, {name: torch.zeros(len(group)) for name, group in scene.structures.groups.items()}, goal)
+        self._choose(
+            scene, {name: torch.zeros(len(group)) for name, group in scene.structures.groups.items()}, goal
+        )
 
     def pick(self, scene: Scene, goal: Goal) -> Picks:
         host = self._host
         function = IMPORTANCES[host.importance]() if isinstance(host.importance, str) else host.importance
         if host.importance == "taylor" and all(p.grad is None for p in scene.parameters.values()):
-            raise ConfigError("importance 'taylor' needs gradients: pick inside optimizer.step(), after loss.backward()")
+            raise ConfigError(
+                "importance 'taylor' needs gradients: pick inside optimizer.step(), after loss.backward()"
+            )
         return self._choose(scene, scene.graph.scores(function, scene.structures), goal)
 
     def _choose(self, scene: Scene, scores: Mapping[str, Tensor], goal: Goal) -> Picks:

@@ -368,9 +368,6 @@ def _result(file: Path, recipe: Recipe, data: Data, command: str) -> Result:
         ConfigError: it was made with other settings.
     """
     values = recipe.to_dict()
-    for path in (recipe.data.root, recipe.dense.weights):
-        if path:
-            command = command.replace(path, Path(path).name)
     facts = {
         "name": data.name,
         "note": data.note,

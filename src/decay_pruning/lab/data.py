@@ -263,7 +263,7 @@ class Batches:
         parts = [part[self.rank :: self.world] for part in _chunks(order, self.batch_size)[: len(self)]]
         if isinstance(self.data, FolderData):
             return self._decoded(self.data, parts, number)
-        return self._resident(parts, generator)
+        return self._resident([part.to(self.device) for part in parts], generator)
 
     def _resident(self, parts: list[Tensor], generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         count, _, height, width = self._x.shape
@@ -272,8 +272,7 @@ class Batches:
         left = torch.randint(0, 2 * pad[1] + 1, (count,), generator=generator)
         flip = torch.randint(0, 2, (count,), generator=generator) * ("flip" in self.augment)
         draws = torch.stack([top, left, flip], 1).to(self.device)
-        for cpu_rows in parts:
-            rows = cpu_rows.to(self.device, non_blocking=True)
+        for rows in parts:
             x = self._x[rows]
             if self.augment:
                 x = _crop_and_flip(x, pad, *draws[rows].unbind(1))

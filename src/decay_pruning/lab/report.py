@@ -1,7 +1,7 @@
 """A result as one HTML page that opens offline, and its main figure as an SVG file.
 
-No script, no font and no picture is fetched; charts are drawn by `lab.plot`. The page follows the reader's light
-or dark setting and reads on a phone.
+No script, no font and no picture is fetched; charts are drawn by `lab.plot`. The page follows the reader's
+light or dark setting and reads on a phone.
 """
 
 from __future__ import annotations
@@ -87,8 +87,11 @@ def _panel(result: Result, arm: str) -> str:
 
     parts = [text(left, 18, TITLES.get(arm, arm), "head", arm), text(left, 40, _story(runs), "sub")]
     parts.append(norms.axes(_caption(runs[0]), y_ticks=(0, 0.5, 1)))
-    lines = dict.fromkeys((line.end == "released", line.points) for line in runs[0].lines)  # equal ones once
-    for released, points in sorted(lines):
+    lines = {}
+    for line in runs[0].lines:  # those that look alike are drawn once
+        shape = tuple((step, round(left_of_it, 2)) for step, left_of_it in line.points)
+        lines[line.end == "released", shape] = line.points
+    for (released, _), points in sorted(lines.items()):
         alone = len(lines) == 1
         parts.append(norms.line(points, "line" if alone else "thin", "released" if released else arm))
         parts.append(norms.area(points, arm) if alone else "")
@@ -219,8 +222,8 @@ def _table(result: Result) -> str:
         "<th scope=col>Just after removal, %<th scope=col>MACs kept, %<th scope=col>Parameters kept, %"
         "<th scope=col>Latency, ms<th scope=col>Released</tr></thead>"
         f"<tbody>{rows}</tbody></table></div><p class=note>{spread} All arms of a seed start from the same "
-        "dense model, see the same images in the same order, and take the same number of steps; accuracy is that "
-        f"of the last step, never of the best.{single}</p></section>\n"
+        "dense model, see the same images in the same order, and take the same number of steps; accuracy is "
+        f"that of the last step, never of the best.{single}</p></section>\n"
     )
 
 
@@ -276,7 +279,8 @@ def _fading(result: Result) -> str:
     )
     return (
         f"<section><h2>How structures fade, and what it does to accuracy</h2><div class=panels>{panels}</div>"
-        f"<p class=note>{'' if len(result.arms) == 1 else ghosts.strip()}{shown} 1 is the norm at the pick.</p>"
+        f"<p class=note>{'' if len(result.arms) == 1 else ghosts.strip()}{shown} "
+        "1 is the norm at the pick.</p>"
         "</section>\n"
     )
 
@@ -367,7 +371,8 @@ def _layers(result: Result) -> str:
         "<div class=scroll tabindex=0 role=region aria-label='Table of layers'>"
         f"<table class=layers><thead><tr><th scope=col>Layer group<th scope=col>Before{heads}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>"
-        f"<p class=note>Structures per layer group before and after, mean over seeds; the pale bar is the dense width.{none}</p></section>\n"
+        "<p class=note>Structures per layer group before and after, mean over seeds; the pale bar is the "
+        f"dense width.{none}</p></section>\n"
     )
 
 

@@ -1,7 +1,7 @@
 """Result files: one JSON for all runs of a comparison, and what can be read off it.
 
-A result is written anew, atomically, after each run, so that a comparison can be stopped at any time and goes on
-where it was.
+A result is written anew, atomically, after each run, so that a comparison can be stopped at any time and goes
+on where it was.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -113,7 +114,7 @@ class Result:
         return cls(
             recipe=anonymous(recipe),
             data=dict(data),
-            command=command,
+            command=without_paths(command),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             versions=versions(),
             machine=machine(device),
@@ -249,6 +250,15 @@ def anonymous(recipe: Mapping[str, Any]) -> dict[str, Any]:
         if values.get(section, {}).get(key):
             values[section][key] = Path(values[section][key]).name
     return values
+
+
+def without_paths(command: str) -> str:
+    """A command line with absolute paths cut to their last part.
+
+    >>> without_paths("decay-pruning run x.toml --set data.root=/home/me/cifar10 --out ~/y")
+    'decay-pruning run x.toml --set data.root=cifar10 --out y'
+    """
+    return re.sub(r"(?<![^\s='\"])[~/](?:[^\s'\"/]*/)*", "", command)
 
 
 def write(path: str | Path, text: str) -> None:

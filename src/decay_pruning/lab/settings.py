@@ -1,7 +1,7 @@
 """Plain values (TOML, JSON) ↔ trees of dataclasses, by their type hints.
 
-What a recipe may say is what the dataclasses say: a field that is added to one of them appears in recipes without
-a line here. Errors name the dotted key, and the nearest right one.
+What a recipe may say is what the dataclasses say: a field that is added to one of them appears in recipes
+without a line here. Errors name the dotted key, and the nearest right one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The statistics of paired runs: mean, standard deviation, and the paired t interval.
 
-Arms that share a seed share dense start and data order, so what is compared is the difference within each seed.
-Few seeds and gains of the size of seed noise make the interval the message: a mean alone says little.
+Arms that share a seed share dense start and data order, so what is compared is the difference within each
+seed. Few seeds and gains of the size of seed noise make the interval the message: a mean alone says little.
 """
 
 from __future__ import annotations
