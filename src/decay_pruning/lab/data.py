@@ -511,7 +511,7 @@ def _parquet(folder: Path, part: str) -> tuple[Tensor, Tensor, tuple[str, ...], 
         raise DataError(f"CIFAR-10 is incomplete: no {part}-*.parquet in {folder}")
     stamps = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     key = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:16]
-    tensors, meta = _cached(folder, f"decoded-{part}-{key}.safetensors", lambda: _decode_parquet(files))
+    tensors, meta = _cached(f"decoded-{part}-{key}.safetensors", lambda: _decode_parquet(files))
     return tensors["x"], tensors["y"], tuple(meta["classes"]), meta["kind"]
 
 
@@ -562,29 +562,25 @@ def _class_names(metadata: dict[bytes, bytes] | None) -> tuple[str, ...] | None:
 Decoded = tuple[dict[str, Tensor], dict[str, Any]]
 
 
-def _cached(folder: Path, name: str, decode: Callable[[], Decoded]) -> Decoded:
-    """`decode()`, or what it gave last time: kept beside the data, or else in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    places = (folder, Path(base) / "decay-pruning")
-    for place in places:
-        try:
-            with safe_open(place / name, "pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                return tensors, json.loads(file.metadata()["meta"])
-        except FileNotFoundError:
-            continue
-        except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
-            logger.warning("the cached %s is damaged (%s) and made anew", place / name, error)
+def _cached(name: str, decode: Callable[[], Decoded]) -> Decoded:
+    """`decode()`, or what it gave last time: kept in the user's cache folder, never in the folder of the data."""
+    place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "decay-pruning"
+    try:
+        with safe_open(place / name, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return tensors, json.loads(file.metadata()["meta"])
+    except FileNotFoundError:
+        pass
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
+        logger.warning("the cached %s is damaged (%s) and made anew", place / name, error)
     tensors, meta = decode()
-    for place in places:
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=place) as scratch:
-                save_file(tensors, Path(scratch) / name, metadata={"meta": json.dumps(meta)})
-                os.replace(Path(scratch) / name, place / name)
-            break
-        except (OSError, SafetensorError) as error:
-            logger.info("cannot cache in %s: %s", place, error)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place) as scratch:
+            save_file(tensors, Path(scratch) / name, metadata={"meta": json.dumps(meta)})
+            os.replace(Path(scratch) / name, place / name)
+    except (OSError, SafetensorError) as error:
+        logger.warning("cannot cache decoded images in %s (%s); they are decoded each time", place, error)
     return tensors, meta
 
 
