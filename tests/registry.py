@@ -104,7 +104,7 @@ HOSTS: dict[str, Callable[[], Host]] = {
 ARMS: dict[str, tuple[SmoothPruning, SelfRectifying | None]] = {
     "single": (SmoothPruning.one_step(), None),
     "sp": (SmoothPruning(steps=4), None),
-    "sr": (SmoothPruning(steps=4), SelfRectifying(t_rate=-0.05, t_len=-1.0, retries=1)),
+    "sr": (SmoothPruning(steps=4), SelfRectifying(t_rate=-0.05, t_len=-1.0, max_share=0.5, retries=1)),
 }
 
 everywhere = pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_every_arm(model_name, arm, fused):
 @pytest.mark.parametrize("fused", [False, True])
 def test_half_precision_with_a_scaler(fused):
     model = build_model("residual").cuda()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=fused)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
     smooth, rectify = ARMS["sr"]
     pruner = Pruner(model, example().cuda(), optimizer, 0.5, smooth=smooth, rectify=rectify)
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40)  # too large: the first steps are skipped

@@ -31,7 +31,7 @@ def test_zeros_are_held_while_others_still_decay():
 
 
 def test_released_structures_keep_their_strength_and_are_free():
-    always = SelfRectifying(t_rate=-1.0, t_len=-1e9, judge_from=0.5, retries=0)
+    always = SelfRectifying(t_rate=-1.0, t_len=-1e9, max_share=1.0, judge_from=0.5, retries=0)
     run = start("residual", "depgraph", "sr", rectify=always)
     events = []
     run.pruner.engine._on_event = events.append
@@ -48,7 +48,7 @@ def test_released_structures_keep_their_strength_and_are_free():
 
 
 def test_cooldown_picks_others_and_the_target_still_holds():
-    always = SelfRectifying(t_rate=-1.0, t_len=-1e9, judge_from=0.25, retries=1, cooldown=1)
+    always = SelfRectifying(t_rate=-1.0, t_len=-1e9, max_share=1.0, judge_from=0.25, retries=1, cooldown=1)
     events = []
     run = start("residual", "depgraph", rectify=always, on_event=events.append, target=0.75)
     for _ in range(20):
@@ -67,7 +67,7 @@ def test_cooldown_picks_others_and_the_target_still_holds():
 
 def test_a_cooldown_never_makes_the_target_unreachable():
     """With nearly everything cooling down, the cooldown gives way, not the target."""
-    always = SelfRectifying(t_rate=-1.0, t_len=-1e9, judge_from=0.25, retries=2, cooldown=10)
+    always = SelfRectifying(t_rate=-1.0, t_len=-1e9, max_share=1.0, judge_from=0.25, retries=2, cooldown=10)
     run = start("residual", "depgraph", rectify=always, smooth=SmoothPruning(steps=3), target=0.1)
     for _ in range(20):
         run.step()
@@ -143,3 +143,23 @@ def test_the_same_seed_gives_the_same_network():
         ends.append(run.model.state_dict())
     assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
     assert build_model("plain").fc1.weight.shape != ends[0]["fc1.weight"].shape
+
+
+def test_no_more_than_a_share_of_a_pick_is_released():
+    """With thresholds that everything passes, the most resistant go, up to the share, and never more later on."""
+    lenient = SelfRectifying(t_rate=-1.0, t_len=-1e9, judge_from=0.2, max_share=0.3, retries=0)
+    events = []
+    run = start("plain", "depgraph", rectify=lenient, smooth=SmoothPruning(steps=10), on_event=events.append)
+    run.step()
+    picked = run.pruner.progress().decaying
+    while not any(e.kind == "released" for e in events):
+        before = run.pruner.engine.resistance()
+        run.step()
+    released = {(e.group, i): c for e in events if e.kind == "released"
+                for i, c in zip(e.indices, e.values["c_len"], strict=True)}  # fmt: skip
+    assert len(released) == int(0.3 * picked)
+    stayed = run.pruner.engine.resistance()
+    assert min(released.values()) >= max(values["c_len"] for values in stayed.values())
+    assert set(released) | set(stayed) == set(before)
+    run.step()
+    assert run.pruner.progress().released == len(released)

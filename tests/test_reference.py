@@ -21,7 +21,7 @@ STREAM, HIDDEN = 6, 5
 @pytest.fixture(autouse=True, params=["flat", "blocks"])
 def path(request, monkeypatch):
     """Both ways through the tensors: all together, and one by one."""
-    monkeypatch.setattr(structures_module, "_SMALL", 2**16 if request.param == "flat" else 0)
+    monkeypatch.setitem(structures_module._SMALL, "cpu", 2**16 if request.param == "flat" else 0)
 
 
 def make(seed: int) -> tuple[dict[str, nn.Parameter], StructureSet]:
@@ -90,7 +90,7 @@ def slices_of(
 def test_engine_agrees_with_reference(seed, schedule, bound, slices, picked, late, N, t_rate, momentum):
     smooth = SmoothPruning(steps=N, schedule=schedule, bound=bound, slices=slices)
     rectify = (
-        None if t_rate is None else SelfRectifying(t_rate=t_rate, t_len=-0.1, warmup=0.2, judge_from=0.3)
+        None if t_rate is None else SelfRectifying(t_rate=t_rate, t_len=-0.1, warmup=0.2, judge_from=0.3, max_share=1.0)
     )
     fast, structures = make(seed)
     slow, _ = make(seed)

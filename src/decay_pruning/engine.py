@@ -125,6 +125,9 @@ class Engine:
         self._cohorts: tuple[list[tuple[int, int]], Tensor] = ([], torch.zeros(0, dtype=torch.int64))
         self._holding: SliceBatch | None = None
         self._picks_made = 0
+        self._pick_sizes: dict[
+            int, list[int]
+        ] = {}  # step of a pick with structures on their way → [picked, released]
         self._free_again: dict[Key, int] = {}  # released → number of the pick from which on it is eligible
         self._skipped = False
         self._driver: Driver | None = None
@@ -223,6 +226,7 @@ class Engine:
         self.counts.picked += new.slots
         self.counts.picked_again += sum(key in self._free_again for key in new.keys)
         self._regroup([*([self._fading] if self._fading else []), fresh])
+        self._pick_sizes.setdefault(self.step, [0, 0])[0] += new.slots
         self._emit("picked", new.keys, {"norm": joint(new, norms)})
 
     def removed(self, structures: StructureSet) -> None:
@@ -298,6 +302,7 @@ class Engine:
             "counts": vars(self.counts).copy(),
             "held": {name: list(ids) for name, ids in self.held.items()},
             "picks_made": self._picks_made,
+            "pick_sizes": [[begun, *sizes] for begun, sizes in self._pick_sizes.items()],
             "free_again": [[name, index, free] for (name, index), free in self._free_again.items()],
             "fading": fading,
         }
@@ -308,6 +313,7 @@ class Engine:
         self.counts = Counts(**state["counts"])
         self._picks_made = state["picks_made"]
         self._free_again = {(name, index): free for name, index, free in state["free_again"]}
+        self._pick_sizes = {begun: [picked, released] for begun, picked, released in state["pick_sizes"]}
         self.held = {name: list(ids) for name, ids in state["held"].items()}
         self._holding = self._batch(self.held, Role) if self.held else None
         self._fading = None
@@ -352,7 +358,11 @@ class Engine:
         judged &= fading.rectified & fading.seen.gt(0)
         if not bool(judged.any()):
             return
-        out = rectify.verdict(Resistance(*fading.mean)).cpu() & judged
+        seen = Resistance(*fading.mean)
+        out = rectify.verdict(seen).cpu() & judged
+        if not bool(out.any()):
+            return
+        out = self._most_resistant(fading, out, seen.c_len.cpu(), rectify)
         if not bool(out.any()):
             return
         chosen = out.nonzero().flatten().tolist()
@@ -365,6 +375,20 @@ class Engine:
         }
         self._regroup([fading], leave=out)
         self._emit("released", keys, values)
+
+    def _most_resistant(
+        self, fading: _Fading, out: Tensor, strength: Tensor, rectify: SelfRectifying
+    ) -> Tensor:
+        """Of those to be released, the most resistant of each pick, as many as may still go."""
+        chosen = torch.zeros_like(out)
+        for begun in fading.begun[out].unique().tolist():
+            sizes = self._pick_sizes[begun]
+            mine = (out & fading.begun.eq(begun)).nonzero().flatten()
+            order = torch.argsort(strength[mine], descending=True, stable=True)
+            going = mine[order][: rectify.most(sizes[0]) - sizes[1]]
+            sizes[1] += going.numel()
+            chosen[going] = True
+        return chosen
 
     def _decay(self, fading: _Fading) -> None:
         cohorts, number = self._cohorts
@@ -397,6 +421,7 @@ class Engine:
         stay = [key for key, k in zip(keys, keep.tolist(), strict=True) if k]
         if not stay:
             self._fading = None
+            self._pick_sizes = {}
             return
         batch = self._batch(_picks(stay))
         slot = _match(self._slot_numbers(keys), self._slot_numbers(batch.keys))

@@ -68,6 +68,8 @@ class SelfRectifying:
             (bias-corrected).
         warmup: share of the decay, in [0, 1), whose gradients are not averaged.
         judge_from: share of the decay, in [0, 1), from which on structures can be released. The last step never judges.
+        max_share: the largest share of one pick that is released, in (0, 1], and at least one structure. Those with the
+            largest C_len go first. Without it a threshold that is a little too low lets go of nearly everything.
         cooldown: for how many later picks a released structure is not picked again.
         retries: how often the host may pick others in place of released ones with rectifying on. One more
             round, without rectifying, meets the target for sure.
@@ -82,6 +84,7 @@ class SelfRectifying:
     average: float | None = None
     warmup: float = 0.1
     judge_from: float = 0.5
+    max_share: float = 0.05
     cooldown: int = 1
     retries: int = 2
 
@@ -90,6 +93,8 @@ class SelfRectifying:
             raise ConfigError(f"rectify.t_rate is a cosine between -1 and 1, not {self.t_rate}")
         if self.average is not None and not 0 < self.average < 1:
             raise ConfigError(f"rectify.average is None or a factor between 0 and 1, not {self.average}")
+        if not 0 < self.max_share <= 1:
+            raise ConfigError(f"rectify.max_share is a share of the pick in (0, 1], not {self.max_share}")
         for name in ("warmup", "judge_from"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(
@@ -116,6 +121,10 @@ class SelfRectifying:
         if self.average is None:
             return 1.0 / seen
         return float((1 - self.average) / (1 - self.average**seen))
+
+    def most(self, picked: int) -> int:
+        """How many of `picked` structures can be released."""
+        return max(1, int(self.max_share * picked))
 
     def verdict(self, seen: Resistance) -> Tensor:
         """Which structures to release, shape (slots,), bool."""

@@ -159,8 +159,8 @@ class StructureSet:
 
 
 #: Tensors up to this many elements are handled all together, element by element; larger ones one by one, whole slices
-#: at a time. The first saves kernel launches, the second memory for index maps.
-_SMALL = 2**16
+#: at a time. The first saves kernel launches, which is what counts on a GPU; the second index maps and memory traffic.
+_SMALL = {"cpu": 2**16, "gpu": 2**24}
 
 
 class _Sums:
@@ -357,9 +357,9 @@ class SliceBatch:
         self.slots = len(self.keys)
 
         every = [_merge(place, parts, found, tensors) for place, parts in found.items()]
-        small = [each for each in every if tensors[each.tensor].numel() <= _SMALL]
+        small = [each for each in every if _is_small(tensors[each.tensor])]
         small.sort(key=lambda each: (len(each.lower), each.tensor, each.dim))
-        large = [each for each in every if tensors[each.tensor].numel() > _SMALL]
+        large = [each for each in every if not _is_small(tensors[each.tensor])]
         large.sort(key=lambda each: (each.tensor, each.dim))
         ordered = [*small, *large]
         self.places: list[Place] = [(each.tensor, each.dim) for each in ordered]
@@ -463,6 +463,10 @@ class SliceBatch:
     def _home(self, values: Tensor) -> Tensor:
         same = values.dtype == self.dtype and values.device == self.device
         return values if same else values.to(self.device, self.dtype)
+
+
+def _is_small(tensor: Tensor) -> bool:
+    return tensor.numel() <= _SMALL["cpu" if tensor.device.type == "cpu" else "gpu"]
 
 
 def _merge(
