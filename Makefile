@@ -29,8 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lab]' \
-		hypothesis mypy pytest pytest-timeout pytest-xdist ruff
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lab,dev]'
 	touch $@
 
 clean:
