@@ -30,30 +30,25 @@ GRIDS: dict[str, Grid] = {
         **{
             f"{bound}, {slices}": ("sp", [f"prune.smooth.bound={bound}", f"prune.smooth.slices={slices}"])
             for bound in ("slice", "joint")
-            for slices in ("all", "norm", "norm+columns")
+            for slices in ("all", "norm", "columns", "norm+columns")
         },
         "slice, rows": ("sp", ["prune.smooth.slices=rows"]),
-        **{f"N = {n}": ("sp", [f"prune.smooth.steps={n}"]) for n in (0.05, 0.1, 0.33, 0.5)},
+        **{f"N = {n}": ("sp", [f"prune.smooth.steps={n}"]) for n in (0.1, 0.2, 0.5)},
         **{s: ("sp", [f"prune.smooth.schedule={s}"]) for s in ("cosine", "exponential", "polynomial")},
     },
     "rectify": {
         "single": ("single", []),
         "slice, all": ("sp", []),
         **{
-            f"rate {rate}, len {length}, share {share}, from {begin}": (
+            f"rate {rate}, len {length}, share {share}": (
                 "sr",
-                [f"prune.rectify.t_rate={rate}", f"prune.rectify.t_len={length}"]
-                + [f"prune.rectify.max_share={share}", f"prune.rectify.judge_from={begin}"],
+                [
+                    f"prune.rectify.t_rate={rate}",
+                    f"prune.rectify.t_len={length}",
+                    f"prune.rectify.max_share={share}",
+                ],
             )
-            for rate, length, share, begin in (
-                (0.0, 0.0, 0.02, 0.5),
-                (0.0, 0.0, 0.05, 0.5),
-                (0.0, 0.0, 0.1, 0.5),
-                (0.0, 0.0, 0.05, 0.3),
-                (0.0, 0.0, 0.05, 0.7),
-                (0.02, 0.02, 1.0, 0.5),
-                (0.05, 0.02, 0.05, 0.5),
-            )
+            for rate, length, share in ((0.0, 0.0, 0.05), (0.0, 0.0, 0.15), (0.05, 0.02, 0.05), (0.05, 0.05, 1.0))
         },
     },
 }

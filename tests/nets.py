@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-
 torch.set_num_threads(1)  # small tensors: more threads only wait for each other
 
 
@@ -297,23 +296,10 @@ def rms() -> tuple[nn.Module, Any]:
 #: name → (network, example inputs); removal is exact.
 EXACT: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     make.__name__: make
-    for make in (
-        plain,
-        resnet,
-        vgg,
-        mobile,
-        grouped,
-        norms,
-        transposed,
-        sound,
-        volume,
-        concat,
-        chunked,
-        gated,
-        words,
-        shared,
-        vit,
-    )  # fmt: skip
+    for make in [
+        *(plain, resnet, vgg, mobile, grouped, norms, transposed, sound, volume),
+        *(concat, chunked, gated, words, shared, vit),
+    ]
 }
 #: Networks with layer groups that can only be cut with `allow_inexact=True`.
 INEXACT: dict[str, Callable[[], tuple[nn.Module, Any]]] = {make.__name__: make for make in (vit, mha, rms)}

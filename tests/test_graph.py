@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
+import gc
 from typing import Any
 
 import pytest
 import torch
 import torch_pruning as tp
-from tests.nets import EXACT, INEXACT, Net, Residual, Vit, image, make
 from torch import Tensor, nn
 
 from decay_pruning import surgery
 from decay_pruning.errors import ConfigError, GraphError
 from decay_pruning.graph import Graph, _graph, _layers, _trace
 from decay_pruning.structures import NOT_PARAMETERS, Role, StructureSet
+from tests.nets import EXACT, INEXACT, Net, Residual, Vit, image, make
 
 VIT_HEADS = {"blocks.0.attn.qkv": 3, "blocks.1.attn.qkv": 3}
 #: name → (layer group → number of structures, unprunable layer groups), written down by hand.
@@ -153,6 +154,18 @@ def test_the_model_is_left_as_it_was(name: str) -> None:
         assert torch.equal(a, b), n
     assert {n: dict(m.__dict__) for n, m in model.named_modules()} == attributes
     assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+
+
+def test_no_activation_outlives_the_trace() -> None:
+    def nodes() -> int:
+        return sum("Backward0" in type(each).__name__ for each in gc.get_objects())
+
+    gc.collect()
+    before = nodes()
+    found = graph("chunked")
+    gc.collect()
+    assert nodes() <= before
+    assert found
 
 
 @pytest.mark.parametrize("kind", ["tensor", "tuple", "list", "dict"])
@@ -398,7 +411,7 @@ def test_scores_are_sums_over_the_slices_before_and_after_removal(name: str) -> 
         scores = found.scores(squares(), structures)
         wanted = brute_force(model, structures)
         assert scores.keys() == structures.groups.keys()
-        for key, group in structures.groups.items():
+        for key in structures.groups:
             roots = 2 if (name, key) == ("chunked", "a") else 1  # a structure of two channels gets their mean
             assert torch.allclose(scores[key].double() * roots, wanted[key], rtol=1e-5), key
         picks = {key: [int(group.ids[1])] for key, group in structures.groups.items() if len(group) > 2}

@@ -435,6 +435,7 @@ class TestOnAGpu:
         assert history.accuracy == 100 and history.accuracy == evaluate(model, toy())
         assert all(p.is_cuda for p in model.parameters())
 
+    @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
     def test_no_step_waits_for_the_device(self) -> None:
         data = toy(channels=3)
         model = models.build("resnet20", classes=2)

@@ -199,7 +199,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(manifest, "save_file", full)
-    with pytest.raises(ManifestError, match="cannot write .*model: No space left on device"):
+    with pytest.raises(ManifestError, match=r"cannot write .*model: No space left on device"):
         manifest.save(model, path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["model"]
 

@@ -90,7 +90,9 @@ def slices_of(
 def test_engine_agrees_with_reference(seed, schedule, bound, slices, picked, late, N, t_rate, momentum):
     smooth = SmoothPruning(steps=N, schedule=schedule, bound=bound, slices=slices)
     rectify = (
-        None if t_rate is None else SelfRectifying(t_rate=t_rate, t_len=-0.1, warmup=0.2, judge_from=0.3, max_share=1.0)
+        None
+        if t_rate is None
+        else SelfRectifying(t_rate=t_rate, t_len=-0.1, warmup=0.2, judge_from=0.3, max_share=1.0)
     )
     fast, structures = make(seed)
     slow, _ = make(seed)

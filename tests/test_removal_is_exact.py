@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -11,13 +13,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.nets import EXACT, INEXACT, Chain, Net, chains, image, make
 from torch import Tensor, nn
 
 from decay_pruning import surgery
 from decay_pruning.errors import SurgeryError
 from decay_pruning.graph import Graph
+from decay_pruning.lab.models import build, names
 from decay_pruning.structures import Role, StructureSet
+from tests.nets import EXACT, INEXACT, Chain, Net, chains, image, lively, make
 
 LIMIT = {torch.float32: 1e-5, torch.float64: 1e-10}
 VIT_HEADS = {"blocks.0.attn.qkv": 3, "blocks.1.attn.qkv": 3}
@@ -70,6 +73,27 @@ def test_hand_made_networks(name: str, dtype: torch.dtype) -> None:
             assert not set(group.ids.tolist()) & set(picks.get(name_, ()))
             for c in group.couplings:
                 assert surgery.size_of(model, c.place) == structures.sizes[c.place]
+
+
+@pytest.mark.parametrize("name", names())
+def test_the_zoo(name: str) -> None:
+    """Every model by name, built as small as it can be, with half of every layer group removed."""
+    small: dict[str, Any] = {
+        "vit-b": {"size": 16, "patch": 8, "width": 24, "depth": 2, "heads": 3, "hidden": 32}
+    }
+    small["resnet50"] = {"stem": "cifar"}
+    options = small.get(name, {})
+    torch.manual_seed(0)
+    channels = 1 if name == "resnet-digits" else 3
+    model = build(name, classes=10, channels=channels, **options)
+    x = image(2, channels, options.get("size", 32), options.get("size", 32))
+    structures = Graph(lively(model), x).structures
+    assert "feeds the model's output" in structures.unprunable.values() and len(structures.unprunable) <= 2
+    picks = {key: group.ids[::2].tolist() for key, group in structures.groups.items()}
+    surgery.zero_(model, structures, picks)
+    before = output(model, x)
+    surgery.remove(model, structures, picks, example_inputs=x)
+    assert (output(model, x) - before).norm() <= 1e-5 * before.norm()
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
@@ -300,3 +324,38 @@ def test_history_counts_in_original_positions() -> None:
     other = surgery.History()
     other.load_state_dict(past.state_dict())
     assert same(other.positions, past.positions) and other.original == past.original
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "torch.backends.cuda.matmul.allow_tf32 = True",
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    ],
+)
+def test_the_proof_runs_without_tf32_and_puts_the_switches_back(setting: str) -> None:
+    """In a process of its own: torch refuses to read its old switches once a new one was set."""
+    code = f"""
+import torch
+from torch.backends import cuda, cudnn
+from decay_pruning import surgery
+
+def read():
+    found = []
+    for owner in (cuda.matmul, cudnn, *((cudnn.conv, cudnn.rnn) if hasattr(cuda.matmul, "fp32_precision") else ())):
+        for name in ("allow_tf32", "fp32_precision"):
+            try:
+                found.append(getattr(owner, name, None))
+            except RuntimeError:
+                found.append("refused")
+    return found
+
+if "fp32_precision" not in {setting!r} or hasattr(cuda.matmul, "fp32_precision"):
+    {setting}
+before = read()
+with surgery.untouched(torch.nn.Linear(2, 2)):
+    inside = read()
+assert not any(value in (True, "tf32") for value in inside[:1] + inside[4:]), inside
+assert read() == before, (before, read())
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)

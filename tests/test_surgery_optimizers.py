@@ -234,7 +234,7 @@ def test_bad_positions_are_refused() -> None:
 
 def test_parametrized_weights_are_refused() -> None:
     model = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 6)), nn.Linear(6, 3))
-    with pytest.raises(SurgeryError, match="'0.weight' is computed from other tensors"):
+    with pytest.raises(SurgeryError, match=r"'0\.weight' is computed from other tensors"):
         surgery.shrink(model, {("0.weight", 0): torch.arange(5)})
 
 
@@ -280,9 +280,10 @@ def test_without_the_detour_the_held_loss_breaks_backward() -> None:
 
 
 @pytest.mark.parametrize(
-    ("net", "fmt"), [("resnet", torch.channels_last), ("volume", torch.channels_last_3d)]
+    ("net", "fmt"), [("mobile", torch.channels_last), ("volume", torch.channels_last_3d)]
 )
 def test_memory_format_stays(net: str, fmt: torch.memory_format) -> None:
+    # Not "resnet": torch 2.13 corrupts the heap in the backward of its 1×1, stride 2, 6 → 8 channels_last shortcut.
     model, x = make(net)
     model, x = model.to(memory_format=fmt), x.to(memory_format=fmt)
     optimizer = torch.optim.Adam(model.parameters())
@@ -294,9 +295,9 @@ def test_memory_format_stays(net: str, fmt: torch.memory_format) -> None:
     weights = [p for p in model.parameters() if p.ndim == ndim]
     for p in weights:
         assert p.grad is not None
-        assert p.stride() == torch.empty(p.shape).to(memory_format=fmt).stride()
-        assert p.grad.is_contiguous(memory_format=fmt)
-        assert optimizer.state[p]["exp_avg"].is_contiguous(memory_format=fmt)
+        assert p.shape[1] == 1 or p.stride(1) == 1  # also where a 1×1 kernel is contiguous either way
+        for t in (p, p.grad, optimizer.state[p]["exp_avg"]):
+            assert t.is_contiguous(memory_format=fmt)
     plain, x = make(net)
     surgery.remove(plain, Graph(plain, x).structures, picks, example_inputs=x)
     assert all(p.is_contiguous() for p in plain.parameters())

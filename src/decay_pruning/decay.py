@@ -107,12 +107,13 @@ def project_(
         left: fraction of the norm that is left, shape (slots,).
         bound: see `SmoothPruning`.
     """
-    norms = batch.norms(tensors)
-    if bound == "joint":
-        factor = _shrink(joint(batch, norms), left * joint(batch, start))[batch.slice_slot]
-    else:
-        factor = _shrink(norms, left[batch.slice_slot] * start)
-    batch.scale_(tensors, factor)
+
+    def factors(norms: Tensor) -> Tensor:
+        if bound == "joint":
+            return _shrink(joint(batch, norms), left * joint(batch, start))[batch.slice_slot]
+        return _shrink(norms, left[batch.slice_slot] * start)
+
+    batch.rescale_(tensors, factors)
 
 
 def _shrink(norm: Tensor, limit: Tensor) -> Tensor:

@@ -10,9 +10,11 @@ they change under surgery, `.to()` and loading.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -194,6 +196,14 @@ class _Chosen:
     lower: tuple[tuple[int, Tensor], ...]
 
 
+class _Reading(NamedTuple):
+    """Small tensors as they were read: each as a vector, all joined, and the elements of the slices."""
+
+    aliases: list[Tensor]
+    joined: Tensor
+    values: Tensor
+
+
 class _Flat:
     """All slices in small tensors, as element indices into their concatenation.
 
@@ -205,6 +215,11 @@ class _Flat:
     ) -> None:
         self.names = sorted({c.tensor for c in chosen})
         ends = torch.tensor([tensors[name].numel() for name in self.names]).cumsum(0).tolist()
+        self._numels = [tensors[name].numel() for name in self.names]
+        self._total = ends[-1]
+        self._views: list[Tensor] = []
+        self._strided: list[int] = []  # of `names`: not contiguous, so that their views are copies
+        self._pointers: list[int] = []
         offset = dict(zip(self.names, [0, *ends], strict=False))
         elements, lengths, passes = [], [], [0, 0]
         for c in chosen:
@@ -227,51 +242,91 @@ class _Flat:
             passes += [0] * (rank + 2 - len(passes))
             passes[rank + 1] += elements[-1].numel()
         self._elements = torch.cat(elements).to(device)
-        self._lengths = torch.cat(lengths).to(device)
-        self._offsets = torch.cat([self._lengths.new_zeros(1), self._lengths.cumsum(0)])
+        length = torch.cat(lengths)
+        self._offsets = torch.cat([length.new_zeros(1), length.cumsum(0)]).to(device)
+        self._slice = torch.repeat_interleave(torch.arange(length.numel(), dtype=torch.int32), length).to(
+            device
+        )
         self._passes = torch.tensor(passes).cumsum(0).tolist()
-        self.slices = self._lengths.numel()
+        self.slices = length.numel()
+        # On a CPU fresh memory costs more than the arithmetic (page faults), so results go to memory that is kept.
+        # A GPU's allocator keeps its memory by itself.
+        self._kept: dict[str, Tensor] | None = {} if device.type == "cpu" else None
 
-    def joined(
-        self, tensors: Mapping[str, Tensor | None], like: Mapping[str, Tensor], dtype: torch.dtype
+    def read(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> _Reading:
+        """The elements of all slices; valid until the next call."""
+        aliases = self._aliases(tensors)
+        joined = self._join(aliases, dtype)
+        return _Reading(aliases, joined, self._pick(joined, "a"))
+
+    def read_others(
+        self, others: Mapping[str, Tensor | None], tensors: Mapping[str, Tensor], dtype: torch.dtype
     ) -> Tensor:
-        parts = [tensors[name] for name in self.names]
-        whole = [
-            torch.zeros_like(like[n]) if t is None else t for n, t in zip(self.names, parts, strict=True)
-        ]
-        device = self._elements.device
-        if any(t.dtype != dtype or t.device != device for t in whole):
-            whole = [t.to(device, dtype) for t in whole]
-        return torch.cat([t.reshape(-1) for t in whole])
+        """The same elements of other tensors (gradients), zero where one is absent; valid until the next call."""
+        flat = []
+        for name in self.names:
+            other = others.get(name)
+            flat.append((torch.zeros_like(tensors[name]) if other is None else other).reshape(-1))
+        return self._pick(self._join(flat, dtype), "b")
 
-    def gather(
-        self, tensors: Mapping[str, Tensor | None], like: Mapping[str, Tensor], dtype: torch.dtype
-    ) -> Tensor:
-        return self.joined(tensors, like, dtype).index_select(0, self._elements)
+    def dot(self, a: Tensor, b: Tensor) -> Tensor:
+        """⟨a, b⟩ of each slice."""
+        product = torch.mul(a, b, out=self._memory("product", a.numel(), a.dtype))
+        return torch.segment_reduce(product, "sum", offsets=self._offsets, unsafe=True)
 
-    def sums(self, values: Tensor) -> Tensor:
-        return torch.segment_reduce(values, "sum", offsets=self._offsets, unsafe=True)
-
-    def scale_(self, tensors: Mapping[str, Tensor], factors: Tensor) -> None:
-        joined = self.joined(tensors, tensors, factors.dtype)
-        each = torch.repeat_interleave(factors, self._lengths, output_size=self._elements.numel())
-        for begin, end in zip(self._passes, self._passes[1:], strict=False):
-            index = self._elements[begin:end]
-            joined.index_copy_(0, index, joined.index_select(0, index).mul_(each[begin:end]))
-        self._write(tensors, joined)
+    def scale_(self, tensors: Mapping[str, Tensor], now: _Reading, factors: Tensor) -> None:
+        """Multiply each slice of what has just been read by its factor, and write it back."""
+        each = torch.index_select(
+            factors, 0, self._slice, out=self._memory("b", self._slice.numel(), factors.dtype)
+        )
+        for number, (begin, end) in enumerate(itertools.pairwise(self._passes)):
+            index, values = self._elements[begin:end], now.values[begin:end]
+            if number:  # an earlier pass may have multiplied a crossing
+                values = now.joined.index_select(0, index)
+            now.joined.index_copy_(0, index, values.mul_(each[begin:end]))
+        self._write(tensors, now)
 
     def zero_(self, tensors: Mapping[str, Tensor]) -> None:
-        dtype = (
-            torch.float64
-            if any(tensors[name].dtype == torch.float64 for name in self.names)
-            else torch.float32
-        )
-        self._write(tensors, self.joined(tensors, tensors, dtype).index_fill_(0, self._elements, 0.0))
+        """Set all elements to zero."""
+        aliases = self._aliases(tensors)
+        dtype = torch.float64 if any(a.dtype == torch.float64 for a in aliases) else torch.float32
+        joined = self._join(aliases, dtype).index_fill_(0, self._elements, 0.0)
+        self._write(tensors, _Reading(aliases, joined, joined))
 
-    def _write(self, tensors: Mapping[str, Tensor], joined: Tensor) -> None:
+    def _aliases(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        """The tensors as vectors: views, kept while the memory is the same, or copies of what is not contiguous."""
         whole = [tensors[name] for name in self.names]
-        parts = joined.split([t.numel() for t in whole])
-        torch._foreach_copy_(whole, [p.view(t.shape) for p, t in zip(parts, whole, strict=True)])
+        pointers = [t.data_ptr() for t in whole]
+        if pointers != self._pointers:
+            self._views = [t.detach().reshape(-1) for t in whole]
+            self._strided = [i for i, t in enumerate(whole) if not t.is_contiguous()]
+            self._pointers = [] if self._strided else pointers
+        return self._views
+
+    def _join(self, flat: list[Tensor], dtype: torch.dtype) -> Tensor:
+        device = self._elements.device
+        if any(t.dtype != dtype or t.device != device for t in flat):
+            flat = [t.to(device, dtype) for t in flat]
+        return torch.cat(flat, out=self._memory("joined", self._total, dtype))
+
+    def _pick(self, joined: Tensor, into: str) -> Tensor:
+        memory = self._memory(into, self._elements.numel(), joined.dtype)
+        return torch.index_select(joined, 0, self._elements, out=memory)
+
+    def _write(self, tensors: Mapping[str, Tensor], now: _Reading) -> None:
+        parts = list(now.joined.split(self._numels))
+        torch._foreach_copy_(now.aliases, parts)
+        for i in self._strided:
+            tensor = tensors[self.names[i]]
+            tensor.copy_(parts[i].view(tensor.shape))
+
+    def _memory(self, name: str, count: int, dtype: torch.dtype) -> Tensor | None:
+        if self._kept is None:
+            return None
+        memory = self._kept.get(name)
+        if memory is None or memory.numel() < count or memory.dtype != dtype:
+            memory = self._kept[name] = torch.empty(count, dtype=dtype)
+        return memory[:count]
 
 
 class _Block:
@@ -392,16 +447,7 @@ class SliceBatch:
     @torch.no_grad()
     def norms(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """L2 norm of every slice, shape (slices,)."""
-        parts = []
-        if self._flat is not None:
-            parts.append(self._flat.sums(self._flat.gather(tensors, tensors, self.dtype).square_()))
-        if self._blocks:
-            squares = []
-            for block in self._blocks:
-                chosen = block.gather(tensors[block.tensor])
-                squares.append(self._home(block.dot(chosen, chosen)))
-            parts.append(self._block_sums(torch.cat(squares)))
-        return torch.cat(parts).sqrt_() if parts else torch.zeros(0, dtype=self.dtype)
+        return self._norms(tensors)[0]
 
     @torch.no_grad()
     def moments(
@@ -410,9 +456,9 @@ class SliceBatch:
         """⟨a, a⟩, ⟨a, b⟩ and ⟨b, b⟩ of every slice, each of shape (slices,); an absent b counts as zero."""
         parts = []
         if self._flat is not None:
-            a = self._flat.gather(tensors, tensors, self.dtype)
-            b = self._flat.gather({n: others.get(n) for n in self._flat.names}, tensors, self.dtype)
-            parts.append([self._flat.sums(x) for x in (a * a, a * b, b * b)])
+            a = self._flat.read(tensors, self.dtype).values
+            b = self._flat.read_others(others, tensors, self.dtype)
+            parts.append([self._flat.dot(*pair) for pair in ((a, a), (a, b), (b, b))])
         if self._blocks:
             values = []
             for block in self._blocks:
@@ -442,13 +488,19 @@ class SliceBatch:
     # -- changing --------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def scale_(self, tensors: Mapping[str, Tensor], factors: Tensor) -> None:
-        """Multiply every slice by its factor, shape (slices,), in place."""
-        if self._flat is not None:
-            self._flat.scale_(tensors, factors[: self._flat.slices])
-        for block, factor in zip(
-            self._blocks, factors[self._position_slice].split(self._position_counts), strict=True
-        ):
+    def rescale_(self, tensors: Mapping[str, Tensor], rule: Callable[[Tensor], Tensor]) -> None:
+        """Multiply every slice by a factor that depends on all norms, in place.
+
+        Args:
+            tensors: parameters by name.
+            rule: norms of the slices, taken before anything changes → their factors; both of shape (slices,).
+        """
+        norms, now = self._norms(tensors)
+        factors = rule(norms)
+        if self._flat is not None and now is not None:
+            self._flat.scale_(tensors, now, factors[: self._flat.slices])
+        each = factors[self._position_slice].split(self._position_counts)
+        for block, factor in zip(self._blocks, each, strict=True):
             tensor = tensors[block.tensor]
             block.scale_(tensor, factor.to(tensor.device))
 
@@ -459,6 +511,19 @@ class SliceBatch:
             self._flat.zero_(tensors)
         for block in self._blocks:
             block.zero_(tensors[block.tensor])
+
+    def _norms(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, _Reading | None]:
+        parts, now = [torch.zeros(0, dtype=self.dtype, device=self.device)], None
+        if self._flat is not None:
+            now = self._flat.read(tensors, self.dtype)
+            parts.append(self._flat.dot(now.values, now.values))
+        if self._blocks:
+            squares = []
+            for block in self._blocks:
+                chosen = block.gather(tensors[block.tensor])
+                squares.append(self._home(block.dot(chosen, chosen)))
+            parts.append(self._block_sums(torch.cat(squares)))
+        return torch.cat(parts).sqrt_(), now
 
     def _home(self, values: Tensor) -> Tensor:
         same = values.dtype == self.dtype and values.device == self.device

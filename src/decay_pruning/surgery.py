@@ -432,23 +432,39 @@ def untouched(model: nn.Module, seed: int = 0) -> Iterator[None]:
     devices = sorted(
         {t.device.index for t in tensors if t.device.type == "cuda" and t.device.index is not None}
     )
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    tf32 = matmul.allow_tf32, cudnn.allow_tf32
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), _no_tf32():
         torch.manual_seed(seed)
         try:
-            matmul.allow_tf32 = cudnn.allow_tf32 = False
             for module, _ in flags:
                 module.training = False
             yield
         finally:
-            matmul.allow_tf32, cudnn.allow_tf32 = tf32
             for module, training in flags:
                 module.training = training
             for module, name, buffer, value in buffers:
                 module._buffers[name] = buffer
                 if buffer is not None and value is not None and not _same(buffer, value):
                     buffer.data.copy_(value)
+
+
+@contextmanager
+def _no_tf32() -> Iterator[None]:
+    """Full float32 products on a GPU inside. Where torch has the newer switches, reading the old ones may raise."""
+    switches: list[tuple[Any, str, object]]
+    matmul: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
+    if hasattr(matmul, "fp32_precision"):
+        switches = [(each, "fp32_precision", "ieee") for each in (matmul, cudnn.conv, cudnn.rnn)]
+    else:
+        switches = [(each, "allow_tf32", False) for each in (matmul, cudnn)]
+    before = [getattr(owner, name) for owner, name, _ in switches]
+    try:
+        for owner, name, exact in switches:
+            setattr(owner, name, exact)
+        yield
+    finally:
+        for (owner, name, _), value in zip(switches, before, strict=True):
+            setattr(owner, name, value)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

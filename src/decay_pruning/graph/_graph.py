@@ -91,7 +91,7 @@ class Graph:
         self._traced = self._enumerate(dependencies, skip)
         self._missing = self._unreached(dependencies)
         label, sizes = self._tie(heads)
-        structures = self._assemble(label, sizes, allow_inexact or not verify)
+        structures = self._assemble(label, sizes)
         if verify:
             structures = verified(model, structures, example_inputs, allow_inexact)
         if not allow_inexact:
@@ -266,7 +266,7 @@ class Graph:
                 return _components(label, key, rank % (found.size // count))
         raise ConfigError(f"heads: no prunable layer {name!r}{_nearest(name, self._modules.values())}")
 
-    def _assemble(self, label: Indices, sizes: dict[Place, int], keep_inexact: bool) -> StructureSet:
+    def _assemble(self, label: Indices, sizes: dict[Place, int]) -> StructureSet:
         """Layer groups from labelled channels. Groups that share a structure become one."""
         start = np.cumsum([0, *(group.width for group in self._traced)])
         of_key = np.repeat(np.arange(len(self._traced)), [group.width for group in self._traced])
@@ -324,7 +324,8 @@ class Graph:
                     value = importance(group)
                 except Exception as error:
                     raise GraphError(
-                        f"{type(importance).__name__} cannot score layer group {name!r}: {type(error).__name__}: {error}"
+                        f"{type(importance).__name__} cannot score layer group {name!r}: "
+                        f"{type(error).__name__}: {error}"
                     ) from error
                 if value is None:
                     break
@@ -463,22 +464,27 @@ def _resolve_ignored(model: nn.Module, ignored: Sequence[str | nn.Module | type]
     """Identities of all modules and bare parameters that are ignored.
 
     Raises:
-        ConfigError: a name that the model does not have.
+        ConfigError: a name or module that the model does not have.
     """
     modules = dict(model.named_modules())
     parameters = dict(model.named_parameters())
     found: set[int] = set()
+    roots: list[nn.Module]
     for each in ignored:
         if isinstance(each, str) and each in parameters:
             found.add(id(parameters[each]))
             continue
         if isinstance(each, str) and each not in modules:
             raise ConfigError(f"ignored: the model has no layer {each!r}{_nearest(each, modules)}")
-        roots: list[nn.Module]
-        if isinstance(each, type):
-            roots = [module for module in modules.values() if isinstance(module, each)]
+        if isinstance(each, str):
+            roots = [modules[each]]
+        elif isinstance(each, nn.Module):
+            if not any(each is module for module in modules.values()):
+                raise ConfigError(f"ignored: this {type(each).__name__} is no part of the model")
+            roots = [each]
         else:
-            roots = [modules[each] if isinstance(each, str) else each]
+            kind: Any = each
+            roots = [module for module in modules.values() if isinstance(module, kind)]
         for root in roots:
             found.update(id(module) for module in root.modules())
             found.update(id(parameter) for parameter in root.parameters())

@@ -76,6 +76,10 @@ def trace(model: nn.Module, example_inputs: Any) -> Any:
                 ) from error
             log.debug("torch-pruning could not infer all index mappings (%r); going on with our own", error)
         _mend(graph)
+        for node in graph.module2node.values():
+            node.grad_fn = None  # or it would hold all activations, and weights that surgery has replaced
+            if node.type == ops.OPTYPE.SLICE:
+                node.module.grad_fn = None
     return graph
 
 

@@ -278,9 +278,7 @@ class Batches:
                 x = _crop_and_flip(x, pad, *draws[rows].unbind(1))
             yield self._normalised(x), self._y[rows]
 
-    def _decoded(
-        self, data: FolderData, parts: list[Tensor], number: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def _decoded(self, data: FolderData, parts: list[Tensor], number: int) -> Iterator[tuple[Tensor, Tensor]]:
         dataset = _Decoder(self._files, self.labels, data.size, self.augment, (self.seed, number))
         loader = torch.utils.data.DataLoader(
             dataset,
