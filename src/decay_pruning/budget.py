@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,31 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from decay_pruning.errors import ConfigError
 from decay_pruning.structures import Picks, Place, StructureSet
-
-
-def call(model: nn.Module, example_inputs: Any) -> Any:
-    """`model(*inputs)` for a tuple or list, `model(**inputs)` for a dict, else `model(inputs)`."""
-    if isinstance(example_inputs, tuple | list):
-        return model(*example_inputs)
-    if isinstance(example_inputs, Mapping):
-        return model(**example_inputs)
-    return model(example_inputs)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients and without the fused transformer path; each module's mode is put back."""
-    modes = [(module, module.training) for module in model.modules()]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for module, mode in modes:
-            module.training = mode
+from decay_pruning.surgery import call, untouched
 
 
 @dataclass(frozen=True)
@@ -97,15 +72,20 @@ def measure(model: nn.Module, example_inputs: Any) -> Cost:
 def latency(model: nn.Module, example_inputs: Any, *, repeats: int = 20, warmup: int = 3) -> float:
     """Median seconds of a forward pass in evaluation mode, on the device that the model is on."""
     times = []
-    with evaluating(model):
-        for i in range(warmup + repeats):
-            start = time.perf_counter()
-            call(model, example_inputs)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if i >= warmup:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            for _ in range(warmup + repeats):
+                start = time.perf_counter()
+                call(model, example_inputs)
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
                 times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return statistics.median(times[warmup:])
 
 
 class CostModel:
@@ -175,12 +155,13 @@ def _params(model: nn.Module) -> int:
 def _macs(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     """MACs by module path, each without those of its children; "" is the model itself."""
     paths = {name for name, _ in model.named_modules()}
-    buffers = {name: b.clone() for name, b in model.named_buffers()}
-    with evaluating(model), FlopCounterMode(display=False) as counter:
-        call(model, example_inputs)
-    with torch.no_grad():
-        for name, b in model.named_buffers():
-            b.copy_(buffers[name])
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # what it does in one kernel would not be counted
+    try:
+        with untouched(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            call(model, example_inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
     total = {"": counter.get_total_flops()}
     for key, ops in counter.get_flop_counts().items():
         path = key.partition(".")[2]  # the first part is the class of the model

@@ -60,7 +60,8 @@ class DepGraph:
         importance: a name, or any function of a torch-pruning group that returns one score per channel.
         scope: "global" ranks over all layer groups, "local" takes the same share of each.
         ignored: modules that keep their width: dotted names.
-        heads: attention projections → number of heads, where a structure is to be a whole head.
+        heads: layers whose outputs are attention heads → number of heads; a structure is then the same offset in
+            every head.
         allow_inexact: also prune where removal changes the function by its nature (a width under LayerNorm).
         min_kept: structures (int) or share (float) of a layer group that always stays.
         round_to: what stays of each layer group is a multiple of this, rounded up.
