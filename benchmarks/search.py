@@ -38,7 +38,8 @@ GRIDS: dict[str, Grid] = {
     },
     "rectify": {
         "single": ("single", []),
-        "slice, all": ("sp", []),
+        "sp": ("sp", []),
+        "sp, norm+columns": ("sp", ["prune.smooth.slices=norm+columns"]),
         **{
             f"rate {rate}, len {length}, share {share}": (
                 "sr",
@@ -48,7 +49,13 @@ GRIDS: dict[str, Grid] = {
                     f"prune.rectify.max_share={share}",
                 ],
             )
-            for rate, length, share in ((0.0, 0.0, 0.05), (0.0, 0.0, 0.15), (0.05, 0.02, 0.05), (0.05, 0.05, 1.0))
+            for rate, length, share in (
+                (0.0, 0.0, 0.02),
+                (0.0, 0.0, 0.05),
+                (0.0, 0.0, 0.15),
+                (0.02, 0.01, 0.05),
+                (0.05, 0.02, 0.15),
+            )
         },
     },
 }
