@@ -115,7 +115,7 @@ def main() -> None:
     )
     parser.add_argument("recipe")
     parser.add_argument("--grid", choices=list(GRIDS), nargs="+", default=list(GRIDS))
-    parser.add_argument("--set", dest="assignments", nargs="*", default=[])
+    parser.add_argument("--set", dest="assignments", nargs="+", action="extend", default=[])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True)

@@ -52,7 +52,7 @@ class SmoothPruning:
         ConfigError: a value is out of range or unknown.
     """
 
-    steps: int | float = 1 / 3
+    steps: int | float = 0.2
     schedule: str | Schedule = "linear"
     slices: SliceChoice = "all"
     bound: Bound = "slice"

@@ -78,8 +78,8 @@ class SelfRectifying:
         ConfigError: a value is out of range or unknown.
     """
 
-    t_rate: float = 0.1
-    t_len: float = 0.1
+    t_rate: float = 0.02
+    t_len: float = 0.01
     criterion: str | Criterion = "rate_and_len"
     average: float | None = None
     warmup: float = 0.1
