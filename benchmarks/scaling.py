@@ -2,8 +2,8 @@
 
     python benchmarks/scaling.py --out results/scaling.json
 
-Two-layer perceptrons, a tenth of whose hidden units decay under SP + SR: four shapes of the same number of parameters, then
-four of four times as many, and again.
+Two-layer perceptrons, a tenth of whose hidden units decay under SP + SR: four shapes of the same number of
+parameters, then four of four times as many, and again.
 """
 
 from __future__ import annotations
