@@ -270,7 +270,9 @@ class Engine:
         """What decays or is held: layer group → bool, parallel to its `ids`. One object until that changes."""
         stamp = self.counts.picked, self.counts.released, self.counts.removed
         if self._on_the_way is None or self._on_the_way[0] != stamp:
-            masks = {name: torch.zeros(len(g), dtype=torch.bool) for name, g in self.structures.groups.items()}
+            masks = {
+                name: torch.zeros(len(g), dtype=torch.bool) for name, g in self.structures.groups.items()
+            }
             for name, ids in _picks([*self.decaying, *_keys(self.held)]).items():
                 masks[name][self.structures.groups[name].rows(ids)] = True
             self._on_the_way = stamp, masks

@@ -398,7 +398,7 @@ class Pruner:
     def _goal(self, way: float) -> Goal:
         """The absolute figure to reach after this part of the way (0 … 1) to the target."""
         before = getattr(self.before, self.target.of)
-        return Goal(self.target.of, before * (1 - (1 - self.target.keep) * way))
+        return Goal(self.target.of, before * (self.target.keep * way + (1 - way)))
 
     def _scene(self) -> Scene:
         return Scene(

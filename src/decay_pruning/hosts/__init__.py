@@ -9,4 +9,15 @@ from decay_pruning.hosts.ranking import choose
 #: Hosts by name, for recipes.
 HOSTS: dict[str, type] = {"depgraph": DepGraph, "otov2": OTOv2}
 
-__all__ = ["HOSTS", "Custom", "DepGraph", "Goal", "Host", "OTOv2", "Picker", "Scene", "SparseLearning", "choose"]
+__all__ = [
+    "HOSTS",
+    "Custom",
+    "DepGraph",
+    "Goal",
+    "Host",
+    "OTOv2",
+    "Picker",
+    "Scene",
+    "SparseLearning",
+    "choose",
+]

@@ -2,8 +2,8 @@
 
 Structures are seen from their producer side, the *zero-invariant group* x: filter row, bias, norm γ and β. DHSPG (dual
 half-space projected gradient) partitions them once, into important ones and a redundant set, and drives the
-redundant ones to the origin while everything trains. With g the direction in which the optimizer moves (momentum, Adam's
-moments and weight decay included) and η the learning rate, each step is, for a redundant x,
+redundant ones to the origin while everything trains. With g the direction in which the optimizer moves (momentum,
+Adam's moments and weight decay included) and η the learning rate, each step is, for a redundant x,
 
     x̂ = x − η·g                                     the optimizer's own step
     λ_g = λ                                          where ⟨x, g⟩ ≥ 0: descent shrinks x anyway
@@ -16,7 +16,8 @@ moments and weight decay included) and η the learning rate, each step is, for a
 until the target is met. Going means zero at once in one-step pruning (DHSPG itself), or the start of a decay.
 
 This is no optimizer: g is read off what the user's optimizer did, so it rides on any. For SGD without momentum, the
-published setting, g is known before the step, and shrinking before it saves a copy of the weights; the result is the same.
+published setting, g is known before the step, and shrinking before it saves a copy of the weights; the result is the
+same.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ class OTOv2:
         epsilon: ε of the half-space test, in [0, 1). Larger lets structures go earlier.
         tolerance: how much larger the redundant set is than the target asks, as a share of the whole network
             (of what the target counts). From it come others in place of released ones.
-        decay_from: where a decay starts: "half-space", when the test says so, or "partition", at once, from the norm that
-            the structure has then. One-step pruning always waits for the half-space test.
+        decay_from: where a decay starts: "half-space", when the test says so, or "partition", at once, from the norm
+            that the structure has then. One-step pruning always waits for the half-space test.
         deadline: when what has not passed the half-space test goes all the same, those that have shrunk most first: an
             int counts optimizer steps since the partition, a float in (0, 1] is a share of the training that is left
             then (without effect where `total_steps` is unknown), None waits for ever.
@@ -147,7 +148,7 @@ class Moments:
     reach: Tensor
 
     def redundancy(self, numbers: Tensor) -> Tensor:
-        """Half the cosine of −x and −g, half the inverse of the average magnitude, each by its L2 norm over the network.
+        """Half the cosine of −x and −g, half the inverse average magnitude, each over its L2 norm in the network.
 
         Args:
             numbers: parameters of each structure, shape (S,).
@@ -155,7 +156,8 @@ class Moments:
         cosine = _ratio(self.xg, (self.xx * self.gg).sqrt())
         magnitude = (self.xx / numbers).sqrt()
         inverse = 1 / magnitude.clamp_min(1e-12)
-        return 0.5 * (_ratio(cosine, cosine.norm()) + inverse / inverse.norm())
+        score: Tensor = 0.5 * (_ratio(cosine, cosine.norm()) + inverse / inverse.norm())
+        return score
 
     def pull(self, lam: float, amplify: float, coeff: float) -> Tensor:
         """λ_g, shape (S,)."""
@@ -199,41 +201,45 @@ class ZeroInvariantGroups:
         self.flat = sum(parameters[name].ndim == 1 for name, _ in self.places)
         self.sizes = [owners[place].numel() for place in self.places]
         self.device = parameters[self.places[0][0]].device
+        double = any(parameters[name].dtype == torch.float64 for name, _ in self.places)
+        self.dtype = torch.float64 if double else torch.float32
         owner = torch.cat([owners[place] for place in self.places])
         ends = torch.bincount(owner, minlength=count + 1)[:count].cumsum(0)
-        self.count = count
         self.owner = owner.to(self.device)  #: (rows,): structure of each row, or `count`
         self._order = torch.argsort(owner, stable=True)[: ends[-1]].to(self.device)
         self._offsets = torch.cat([ends.new_zeros(1), ends]).to(self.device)
         sizes = torch.tensor(self.sizes)
         self._place = torch.arange(len(self.sizes)).repeat_interleave(sizes).to(self.device)
-        each = [parameters[name].numel() // size for (name, _), size in zip(self.places, self.sizes, strict=True)]
+        each = [
+            parameters[name].numel() // size for (name, _), size in zip(self.places, self.sizes, strict=True)
+        ]
         #: (S,): parameters of each structure
         self.numbers = self.sums(self.by_place(each).unsqueeze(1)).squeeze(1)
 
     def by_place(self, values: Sequence[float]) -> Tensor:
         """One number per place → one per row."""
-        return torch.tensor(values, dtype=torch.float32).to(self.device)[self._place]
+        return torch.tensor(values, dtype=self.dtype).to(self.device)[self._place]
 
     def sums(self, values: Tensor) -> Tensor:
         """Sum over the rows of each structure, deterministic on every device: (rows, n) → (S, n)."""
-        return torch.segment_reduce(values[self._order], "sum", offsets=self._offsets, axis=0, unsafe=True)
+        ordered = values.to(self.dtype)[self._order]
+        return torch.segment_reduce(ordered, "sum", offsets=self._offsets, axis=0, unsafe=True)
 
     def products(self, x: Mapping[str, Tensor], y: Mapping[str, Tensor | None]) -> Tensor:
-        """⟨x, x⟩, ⟨x, y⟩ and ⟨y, y⟩ of every row, shape (rows, 3), float32; an absent y counts as zero."""
+        """⟨x, x⟩, ⟨x, y⟩ and ⟨y, y⟩ of every row, shape (rows, 3), at least float32; an absent y counts as zero."""
         parts = []
         names = [name for name, _ in self.places]
         if self.flat:
-            a = torch.cat([x[name].float() for name in names[: self.flat]])
-            b = torch.cat([_or_zero(y.get(name), x[name]).float() for name in names[: self.flat]])
+            a = torch.cat([_wide(x[name]) for name in names[: self.flat]])
+            b = torch.cat([_wide(_or_zero(y.get(name), x[name])) for name in names[: self.flat]])
             parts.append(torch.stack([a * a, a * b, b * b], dim=1))
         for name, dim in self.places[self.flat :]:
             a = _rows(x[name], dim, x[name])
-            other = y.get(name)
-            b = None if other is None else _rows(other, dim, x[name])
+            b = _rows(_or_zero(y.get(name), x[name]), dim, x[name])
             step = max(1, self.BLOCK // a.shape[1]) if a.device.type == "cpu" else a.shape[0]
-            for begin in range(0, a.shape[0], step):
-                parts.append(_products(a[begin : begin + step], None if b is None else b[begin : begin + step]))
+            for part, other in zip(a.split(step), b.split(step), strict=True):
+                squares = [torch.linalg.vector_norm(each, dim=1).square_() for each in (part, other)]
+                parts.append(torch.stack([squares[0], torch.linalg.vecdot(part, other), squares[1]], dim=1))
         return torch.cat(parts).to(self.device)
 
     def views(self, factors: Tensor, parameters: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
@@ -254,13 +260,16 @@ class _DHSPG(Picker):
     def __init__(self, host: OTOv2) -> None:
         self._host = host
         self._begun: int | None = None  # step of the partition
-        self._score = torch.zeros(0)  # redundancy at the partition, and the norm² that was
-        self._start = torch.zeros(0)
+        self._score = torch.zeros(
+            0, dtype=torch.float64
+        )  # redundancy at the partition, and the norm² that was
+        self._start = torch.zeros(0, dtype=torch.float64)
         self._redundant = torch.zeros(0, dtype=torch.bool)
         self._marked = torch.zeros(0, dtype=torch.bool)  # picked by us
         self._released = torch.zeros(0, dtype=torch.bool)
         # worked out anew whenever structures or fading ones change
         self._structures: StructureSet | None = None
+        self._zig: ZeroInvariantGroups
         self._seen: object = None
         self._recheck = False
         # between the two halves of a step
@@ -365,8 +374,8 @@ class _DHSPG(Picker):
         m = self._moments
         assert m is not None
         self._begun = scene.step
-        self._score[self._where] = m.redundancy(self._zig.numbers).cpu()
-        self._start[self._where] = m.xx.cpu()
+        self._score[self._where] = m.redundancy(self._zig.numbers).cpu().double()
+        self._start[self._where] = m.xx.cpu().double()
         self._gather(scene, goal)
 
     def _gather(self, scene: Scene, goal: Goal) -> None:
@@ -380,7 +389,7 @@ class _DHSPG(Picker):
         self._refresh(scene)
 
     def _replace_released(self, scene: Scene, goal: Goal) -> None:
-        """Released structures have left the redundant set. What the tolerance cannot replace comes from outside of it."""
+        """Released structures have left the redundant set; what its tolerance cannot replace comes from outside."""
         self._recheck = False
         try:
             self._choose(scene, self._order, goal, self._redundant, strict=True)
@@ -421,7 +430,7 @@ class _DHSPG(Picker):
             gradients = {name: scene.parameters[name].grad for name, _ in self._zig.places}
             xx, xg, gg = self._zig.products(scene.parameters, gradients).unbind(1)
             moments = self._sum(xx, xg, gg, torch.zeros_like(xx), xg)
-            order[self._where] = -moments.redundancy(self._zig.numbers).cpu()
+            order[self._where] = -moments.redundancy(self._zig.numbers).cpu().double()
         return choose(scene, self._by_group(scene, order), goal, min_kept=self._host.min_kept)
 
     def state_dict(self) -> dict[str, Any]:
@@ -453,7 +462,7 @@ class _DHSPG(Picker):
             self._zig = ZeroInvariantGroups(scene.structures, scene.parameters)
             self._before = {}
             if not self._score.numel():
-                self._score, self._start = torch.zeros(ends[-1]), torch.zeros(ends[-1])
+                self._score, self._start = torch.zeros(2, ends[-1], dtype=torch.float64)
                 self._redundant, self._marked, self._released = torch.zeros(3, ends[-1], dtype=torch.bool)
             self._seen = None
         if self._seen is fading:
@@ -499,14 +508,11 @@ def _or_zero(value: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if value is None else value
 
 
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 def _rows(tensor: Tensor, dim: int, like: Tensor) -> Tensor:
-    """Shape (size of dim, rest), float32; without a copy where `dim` is outermost in memory, in any format."""
-    rest = sorted((d for d in range(like.ndim) if d != dim), key=lambda d: -like.stride(d))
-    return tensor.permute(dim, *rest).flatten(1).float()
-
-
-def _products(a: Tensor, b: Tensor | None) -> Tensor:
-    aa = torch.linalg.vector_norm(a, dim=1).square_()
-    if b is None:
-        return torch.stack([aa, torch.zeros_like(aa), torch.zeros_like(aa)], dim=1)
-    return torch.stack([aa, torch.linalg.vecdot(a, b), torch.linalg.vector_norm(b, dim=1).square_()], dim=1)
+    """Shape (size of dim, rest), at least float32; no copy where `dim` is outermost in memory, in any format."""
+    rest = sorted((d for d in range(like.ndim) if d != dim), key=like.stride, reverse=True)
+    return _wide(tensor.permute(dim, *rest).flatten(1))
