@@ -197,7 +197,7 @@ ORACLES: dict[str, Callable[..., torch.optim.Optimizer]] = {
 @pytest.mark.parametrize("model_name", ["residual", "plain", "perceptron"])
 def test_step_by_step_as_in_plain_loops(model_name, optimizer):
     keep = 0.5
-    pull = 0.6 if "adam" in optimizer else 0.2
+    pull = 1.2 if optimizer == "adamw" else 0.6 if optimizer == "adam" else 0.2
     host = OTOv2(lam=pull, amplify=1.3, coeff=4.0, epsilon=0.95, tolerance=0.2, deadline=None, interval=0)
     model = build_model(model_name).double()
     made = ORACLES[optimizer](model.parameters())
