@@ -4,8 +4,8 @@
     python benchmarks/otov2_cost.py --device cuda --out results/otov2-cost-gpu.json
 
 `host` is a step after the partition in which nothing has passed the half-space test yet, so all structures are in the
-redundant set and all are measured and shrunk: the dearest that there is. `momentum` is the same under SGD with momentum,
-where the host reads the direction off a copy of the weights. Each figure is the median over repeats, in turn. The
+redundant set and all are measured and shrunk: the dearest that there is. `momentum` is the same under SGD with
+momentum, where the host reads the direction off a copy of the weights. Each figure is the median over repeats, in turn. The
 bound is 10 % of SGD's step + 1 % of forward + backward.
 """
 
@@ -94,7 +94,7 @@ def main() -> None:
     print("  ".join(f"{key} {1000 * s:.2f} ms" for key, s in row["seconds"].items()))
     print(f"bound {1000 * row['bound_s']:.2f} ms", row["share_of_bound"])
     if args.out:
-        command = f"python benchmarks/otov2_cost.py --device {args.device} --batch {args.batch} --threads {args.threads}"
+        command = f"python {Path(__file__).name} --device {args.device} --batch {args.batch} --threads {args.threads}"
         result = {"command": command, "versions": versions(), "machine": machine(args.device), "row": row}
         write(args.out, json.dumps(result, indent=1))
 
