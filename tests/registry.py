@@ -15,6 +15,7 @@ from decay_pruning import (
     Custom,
     DepGraph,
     Goal,
+    OTOv2,
     Picks,
     Pruner,
     Scene,
@@ -98,6 +99,9 @@ HOSTS: dict[str, Callable[[], Host]] = {
     "depgraph-rounds": lambda: DepGraph(importance="taylor", scope="local", rounds=2, interval=1),
     "depgraph-sparse": lambda: DepGraph(sparse=SparseLearning(every=2)),
     "custom": lambda: Custom(smallest_rows),
+    # a strong pull, so that structures come to the half-space within a few steps
+    "otov2": lambda: OTOv2(lam=0.8, epsilon=0.97, tolerance=0.1, deadline=8, interval=3),
+    "otov2-partition": lambda: OTOv2(lam=2.0, tolerance=0.1, decay_from="partition", deadline=8),
 }
 
 #: (smooth, rectify) of each arm; the thresholds of `sr` are low, so that releases do happen.

@@ -77,6 +77,7 @@ class TestSettings:
             ({"nesterov": 1}, "nesterov must be true or false"),
             ({"weight_decay": -1}, "weight_decay must be at least 0"),
             ({"label_smoothing": 1}, "label_smoothing"),
+            ({"mixup": -0.1}, "mixup must be at least 0"),
             ({"augment": "crop"}, "augment must be a list"),
             ({"augment": ("corp",)}, "did you mean 'crop'"),
             ({"precision": "fp8"}, "precision must be one of"),
@@ -165,6 +166,28 @@ class TestTraining:
                 optimizer.step()
                 step += 1
         torch.testing.assert_close(flat(ours), flat(plain), rtol=1e-6, atol=1e-7)
+
+    def test_mixup_agrees_with_a_plain_loop(self) -> None:
+        settings = replace(SETTINGS, mixup=0.4)
+        ours, plain, unmixed = net(), net(), net()
+        train(ours, toy(), settings, seed=5)
+        train(unmixed, toy(), SETTINGS, seed=5)
+        optimizer = torch.optim.SGD(plain.parameters(), 1.0, 0.9, weight_decay=5e-4)
+        batches, step = Batches(toy(), 16, 5), 0
+        alpha = torch.tensor(0.4)
+        torch.manual_seed(5)
+        for epoch in range(2):
+            for x, y in batches.epoch(epoch):
+                optimizer.param_groups[0]["lr"] = settings.learning_rate(step, 6, 12)
+                optimizer.zero_grad()
+                share = torch.distributions.Beta(alpha, alpha).sample()
+                other = torch.randperm(16)
+                wanted = share * F.one_hot(y, 2) + (1 - share) * F.one_hot(y[other], 2)
+                F.cross_entropy(plain(share * x + (1 - share) * x[other]), wanted).backward()
+                optimizer.step()
+                step += 1
+        torch.testing.assert_close(flat(ours), flat(plain), rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(flat(ours), flat(unmixed), atol=1e-3)
 
     def test_accumulation_is_one_step_on_the_whole_batch(self) -> None:
         whole, parts = net(), net()

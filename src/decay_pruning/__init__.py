@@ -18,7 +18,7 @@ from decay_pruning.errors import (
     ManifestError,
     SurgeryError,
 )
-from decay_pruning.hosts import Custom, DepGraph, Goal, Host, Picker, Scene, SparseLearning, choose
+from decay_pruning.hosts import Custom, DepGraph, Goal, Host, OTOv2, Picker, Scene, SparseLearning, choose
 from decay_pruning.manifest import load, save
 from decay_pruning.plan import Plan, inspect
 from decay_pruning.pruner import Progress, Pruner, PruningReport
@@ -42,6 +42,7 @@ __all__ = [
     "Host",
     "LayerGroup",
     "ManifestError",
+    "OTOv2",
     "Picker",
     "Picks",
     "Plan",

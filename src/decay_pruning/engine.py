@@ -57,6 +57,9 @@ class Driver(Protocol):
     def add_gradients(self, scale: Tensor | None) -> None:
         """Resistance has been measured: the time to add to gradients (which are `scale` times too large)."""
 
+    def moved(self) -> None:
+        """The optimizer has moved the weights, nothing has decayed: the time to change weights, and to pick."""
+
     def after_step(self) -> None:
         """Everything has moved and decayed: the time to remove."""
 
@@ -129,6 +132,7 @@ class Engine:
             int, list[int]
         ] = {}  # step of a pick with structures on their way → [picked, released]
         self._free_again: dict[Key, int] = {}  # released → number of the pick from which on it is eligible
+        self._on_the_way: tuple[tuple[int, int, int], dict[str, Tensor]] | None = None
         self._skipped = False
         self._driver: Driver | None = None
         self._handles: list[Any] = []
@@ -176,6 +180,8 @@ class Engine:
         """Judge, decay, hold."""
         if self._skipped:
             return
+        if self._driver is not None:
+            self._driver.moved()
         self.step += 1
         if self._fading is not None and self.rectify is not None:
             self._judge(self._fading, self.rectify)
@@ -255,13 +261,26 @@ class Engine:
     def eligible(self) -> dict[str, Tensor]:
         """Which structures can be picked now: layer group → bool, parallel to its `ids`."""
         barred = {key for key, free in self._free_again.items() if free > self._picks_made}
-        barred |= set(self.decaying) | set(_keys(self.held))
-        masks = {
-            name: torch.ones(len(group), dtype=torch.bool) for name, group in self.structures.groups.items()
-        }
+        masks = {name: ~fading for name, fading in self.fading().items()}
         for name, index in barred:
             masks[name] &= self.structures.groups[name].ids.ne(index)
         return masks
+
+    def fading(self) -> dict[str, Tensor]:
+        """What decays or is held: layer group → bool, parallel to its `ids`. One object until that changes."""
+        stamp = self.counts.picked, self.counts.released, self.counts.removed
+        if self._on_the_way is None or self._on_the_way[0] != stamp:
+            masks = {
+                name: torch.zeros(len(g), dtype=torch.bool) for name, g in self.structures.groups.items()
+            }
+            for name, ids in _picks([*self.decaying, *_keys(self.held)]).items():
+                masks[name][self.structures.groups[name].rows(ids)] = True
+            self._on_the_way = stamp, masks
+        return self._on_the_way[1]
+
+    def released(self, picks: Picks) -> set[Key]:
+        """Those of `picks` that have been released before."""
+        return set(_keys(picks)) & self._free_again.keys()
 
     def end_cooldown(self) -> bool:
         """Make released structures eligible at once; whether there were any."""
@@ -309,6 +328,7 @@ class Engine:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`; the structures must be those of the moment when it was made."""
+        self._on_the_way = None
         self.step = state["step"]
         self.counts = Counts(**state["counts"])
         self._picks_made = state["picks_made"]

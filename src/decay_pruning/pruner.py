@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from decay_pruning import surgery
 from decay_pruning.budget import Cost, CostModel, Target
 from decay_pruning.decay import SmoothPruning
-from decay_pruning.engine import Engine, Event
+from decay_pruning.engine import Engine, Event, Key
 from decay_pruning.errors import BudgetError, ConfigError
 from decay_pruning.hosts import Custom, DepGraph, Goal, Host, Scene
 from decay_pruning.plan import Plan
@@ -156,6 +156,7 @@ class Pruner:
         self._round = 0  # picks made
         self._due = start  # step of the next pick
         self._finished_at = 0
+        self._left: tuple[Mapping[str, Tensor], Cost] = {}, self.before
         self.engine.attach(self)
 
     # -- for the user ----------------------------------------------------------------------------------------
@@ -280,19 +281,54 @@ class Pruner:
 
     def before_step(self) -> None:
         """Pick, when it is time."""
+        if self._picker.own_time:
+            return
         idle = not self.engine.decaying and not self.engine.held
         if idle and self.engine.step >= self._due and not self._goal(1.0).met(self._costs.now):
             self._pick()
 
     def add_gradients(self, scale: Tensor | None) -> None:
-        """The host's own addition to training."""
-        self._picker.add_gradients(self._scene(), scale)
+        """The host's own part in training, before the optimizer moves."""
+        if not self._picker.own_time or self._picking:
+            self._picker.add_gradients(self._scene(), scale)
+
+    def moved(self) -> None:
+        """The host's own part in training, after the move; what it picks starts to fade in this very step."""
+        if not self._picker.own_time or not self._picking:
+            return
+        picks = self._picker.moved(self._scene(), self._goal(1.0))
+        if not any(len(ids) for ids in picks.values()):
+            return
+        self._round += 1
+        again = self.engine.released(picks)  # a second release would leave the target unmet
+        released, picked = self.engine.counts.released, self.engine.counts.picked
+        share = self.rectify is not None and released < self.rectify.most(picked + _count(picks))
+        for part, rectified in ((_less(picks, again), share), (_only(picks, again), False)):
+            if part:
+                self.engine.pick(part, self._steps(), rectified=rectified)
 
     def after_step(self) -> None:
         """Remove what has come to the end of its decay, when nothing else is on its way."""
-        if self.engine.held and not self.engine.decaying:
+        ended = self.engine.held and not self.engine.decaying
+        if self._picker.own_time:
+            due = bool(self.host.interval) and self.engine.step >= self._due + self.host.interval
+            ended = self.engine.held and ((ended and not self._picking) or due)
+        if ended:
             self._remove()
-            self._due = self.engine.step + self.host.interval
+            self._due = self.engine.step + (0 if self._picker.own_time else self.host.interval)
+
+    @property
+    def _picking(self) -> bool:
+        """Whether a host with a time of its own is at work: training has come to `start`, and the target is not met by
+        what is fading."""
+        return self.engine.step >= self.start and not self._goal(1.0).met(self._cost_left())
+
+    def _cost_left(self) -> Cost:
+        """Cost when everything that is fading is gone."""
+        fading = self.engine.fading()
+        if self._left[0] is not fading:
+            self._left = fading, self._costs.after(fading)
+        return self._left[1]
 
     # -- inside ----------------------------------------------------------------------------------------------
 
@@ -362,7 +398,7 @@ class Pruner:
     def _goal(self, way: float) -> Goal:
         """The absolute figure to reach after this part of the way (0 … 1) to the target."""
         before = getattr(self.before, self.target.of)
-        return Goal(self.target.of, before * (1 - (1 - self.target.keep) * way))
+        return Goal(self.target.of, before * (self.target.keep * way + (1 - way)))
 
     def _scene(self) -> Scene:
         return Scene(
@@ -375,6 +411,9 @@ class Pruner:
             step=self.engine.step,
             start=self.start,
             find_eligible=self.engine.eligible,
+            find_fading=self.engine.fading,
+            end=self.total_steps,
+            one_step=self.smooth.steps == 1,
         )
 
     def _how_far(self) -> str:
@@ -419,6 +458,19 @@ def _as_host(host: Host | Callable[[Scene, Goal], Picks] | None) -> Host:
     raise ConfigError(
         f"host must be a host such as DepGraph(), or a function (scene, goal) -> picks, not {host!r}"
     )
+
+
+def _count(picks: Picks) -> int:
+    return sum(len(ids) for ids in picks.values())
+
+
+def _only(picks: Picks, keys: set[Key]) -> Picks:
+    chosen = {name: [i for i in ids if (name, i) in keys] for name, ids in picks.items()}
+    return {name: ids for name, ids in chosen.items() if ids}
+
+
+def _less(picks: Picks, keys: set[Key]) -> Picks:
+    return _only(picks, {(name, i) for name, ids in picks.items() for i in ids} - keys)
 
 
 def _unwrap(optimizer: Optimizer) -> Optimizer:

@@ -48,6 +48,8 @@ class Scene:
         costs: predicts what is left after a removal.
         step: optimizer steps done since the pruner was attached.
         start: step at which the first structures are picked.
+        end: step at which training ends, where that is known.
+        one_step: picks are zeroed in the step in which they are made (N = 1): the host's own pruning.
     """
 
     model: nn.Module
@@ -59,6 +61,9 @@ class Scene:
     step: int
     start: int
     find_eligible: Callable[[], Mapping[str, Tensor]]
+    find_fading: Callable[[], Mapping[str, Tensor]]
+    end: int | None = None
+    one_step: bool = False
 
     def eligible(self) -> Mapping[str, Tensor]:
         """Which structures can be picked now: layer group → bool, parallel to its `ids`.
@@ -67,12 +72,31 @@ class Scene:
         """
         return self.find_eligible()
 
+    def fading(self) -> Mapping[str, Tensor]:
+        """What is on its way out, decaying or held: layer group → bool, parallel to its `ids`.
+
+        The same object is returned until something is picked, released or removed.
+        """
+        return self.find_fading()
+
 
 class Picker:
-    """A host at work on one network: it picks, and may add to gradients. Subclasses keep their state here."""
+    """A host at work on one network: it picks, and may take part in training. Subclasses keep their state here.
+
+    Most hosts are asked for a `pick` when it is time, and again when that has been removed. One with `own_time` picks
+    whenever it likes in `moved`, also while earlier picks still decay; what is held then leaves when the target is
+    met, and every `interval` steps before. From the pruner's `start` on until what is fading meets the target, each of
+    its steps is `add_gradients`, the optimizer's own move, `moved`.
+    """
+
+    own_time: bool = False
 
     def add_gradients(self, scene: Scene, scale: Tensor | None) -> None:
         """Add to `.grad` before each step (sparse learning). Gradients are `scale` times too large under a scaler."""
+
+    def moved(self, scene: Scene, goal: Goal) -> Picks:
+        """Right after the optimizer's move: change weights, and (with `own_time`) say what starts to fade now."""
+        return {}
 
     def check(self, scene: Scene, goal: Goal) -> None:
         """Raise `BudgetError` where the goal is out of reach, before any training."""

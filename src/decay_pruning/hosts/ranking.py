@@ -27,8 +27,10 @@ def choose(
     scope: Scope = "global",
     min_kept: int | float = 1,
     round_to: int = 1,
+    among: Mapping[str, Tensor] | None = None,
+    strict: bool = True,
 ) -> dict[str, list[int]]:
-    """The fewest lowest-scored structures whose removal meets the goal.
+    """The fewest lowest-scored structures whose removal, beside that of what is fading, meets the goal.
 
     Args:
         scene: what there is, and what can be picked.
@@ -38,6 +40,8 @@ def choose(
         min_kept: structures (int) or share (float) of each layer group that always stays; never less than one.
         round_to: what stays of a layer group is a multiple of this, rounded *up*, so a layer group of 16 asked to lose
             a tenth at a multiple of 8 loses nothing, and the log says so.
+        among: what may be picked, as `scene.eligible()` has it, which is the default.
+        strict: raise where the goal cannot be met; otherwise return all that may go.
 
     Raises:
         BudgetError: not even all that may go would meet the goal.
@@ -45,13 +49,15 @@ def choose(
     order: dict[str, Tensor] = {}
     ranks, owners = [], []
     names = [name for name in scene.structures.groups if name in scores]
-    eligible = scene.eligible()
+    eligible = scene.eligible() if among is None else among
+    fading = scene.fading()
+    there = {name: len(scene.structures.groups[name]) - int(fading[name].sum()) for name in names}
     for number, name in enumerate(names):
         size = len(scene.structures.groups[name])
         stays = max(1, math.ceil(min_kept * size) if isinstance(min_kept, float) else min_kept)
         candidates = eligible[name].nonzero().flatten()
         score = scores[name].detach().double().cpu()[candidates]
-        order[name] = candidates[torch.argsort(score, stable=True)][: max(0, size - stays)]
+        order[name] = candidates[torch.argsort(score, stable=True)][: max(0, there[name] - stays)]
         ranked = score.sort().values[: order[name].numel()]
         ranks.append(ranked if scope == "global" else (torch.arange(ranked.numel()) + 1) / size)
         owners.append(torch.full((ranked.numel(),), number))
@@ -62,18 +68,18 @@ def choose(
         asked = torch.bincount(owner[:k], minlength=len(names)).tolist()
         taken = {}
         for name, number in zip(names, asked, strict=True):
-            size = len(scene.structures.groups[name])
+            size = there[name]
             taken[name] = max(0, size - math.ceil((size - number) / round_to) * round_to) if number else 0
         return taken
 
     def cost(k: int) -> Cost:
-        masks = {}
+        masks = dict(fading)
         for name, number in counts(k).items():
-            masks[name] = torch.zeros(len(scene.structures.groups[name]), dtype=torch.bool)
+            masks[name] = fading[name].clone()
             masks[name][order[name][:number]] = True
         return scene.costs.after(masks)
 
-    if not goal.met(cost(owner.numel())):
+    if strict and not goal.met(cost(owner.numel())):
         least = getattr(cost(owner.numel()), goal.of)
         raise BudgetError(
             f"the target of {goal.at_most:,.0f} {goal.of} cannot be met: now {getattr(scene.costs.now, goal.of):,}, "

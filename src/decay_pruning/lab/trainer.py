@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
+from functools import partial
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -78,6 +79,8 @@ class TrainSettings:
         optimizer: "sgd", "adam" or "adamw"; `momentum` and `nesterov` are for sgd.
         label_smoothing: of the cross-entropy, in [0, 1).
         augment: of "crop" and "flip".
+        mixup: α of mixup (Zhang et al. 2018): images and losses are mixed in pairs, by a share from Beta(α, α)
+            that each batch draws anew. 0 for none.
         precision: of the forward pass: "no" (float32), "bf16", or "fp16" with loss scaling (GPU only).
         accumulate: parts that a batch is cut into to save memory; one optimizer step all the same.
         clip_norm: largest norm of the gradient, or None.
@@ -98,6 +101,7 @@ class TrainSettings:
     weight_decay: float = 5e-4
     label_smoothing: float = 0.0
     augment: tuple[str, ...] = ()
+    mixup: float = 0.0
     precision: Precision = "no"
     accumulate: int = 1
     clip_norm: float | None = None
@@ -114,6 +118,7 @@ class TrainSettings:
         _number("momentum", self.momentum, least=0, below=1)
         _number("weight_decay", self.weight_decay, least=0)
         _number("label_smoothing", self.label_smoothing, least=0, below=1)
+        _number("mixup", self.mixup, least=0)
         if self.clip_norm is not None:
             _number("clip_norm", self.clip_norm, above=0)
         for milestone in self.milestones:
@@ -428,7 +433,7 @@ class Training:
         for x, y in zip(batch[0].chunk(parts), batch[1].chunk(parts), strict=True):
             with self.accelerator.accumulate(self._forward):
                 with self.accelerator.autocast():
-                    part = F.cross_entropy(self._forward(x), y, label_smoothing=settings.label_smoothing)
+                    part = self._loss(x, y)
                 self.accelerator.backward(part)
                 loss += part.detach() / parts
                 if settings.clip_norm is not None and self.accelerator.sync_gradients:
@@ -436,6 +441,17 @@ class Training:
                 self._stepper.step()
                 self._stepper.zero_grad()
         return loss
+
+    def _loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """Mean cross-entropy of a batch, mixed with its own permutation where the settings say so."""
+        loss = partial(F.cross_entropy, label_smoothing=self.settings.label_smoothing)
+        if not self.settings.mixup:
+            return loss(self._forward(x), y)
+        alpha = torch.tensor(self.settings.mixup)
+        share = float(torch.distributions.Beta(alpha, alpha).sample())
+        other = torch.randperm(len(x)).to(x.device)
+        out = self._forward(share * x + (1 - share) * x[other])
+        return share * loss(out, y) + (1 - share) * loss(out, y[other])
 
     def _wrap(self) -> None:
         """Wrap the model for compilation and for several processes, again after shapes have changed."""
