@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from decay_pruning import (
     Custom,
     DepGraph,
+    GateDecorator,
     Goal,
     Picks,
     Pruner,
@@ -98,6 +99,8 @@ HOSTS: dict[str, Callable[[], Host]] = {
     "depgraph-rounds": lambda: DepGraph(importance="taylor", scope="local", rounds=2, interval=1),
     "depgraph-sparse": lambda: DepGraph(sparse=SparseLearning(every=2)),
     "custom": lambda: Custom(smallest_rows),
+    "gates": lambda: GateDecorator(tick=1, tock=1, ticks=2, share=0.4),
+    "gates-own": lambda: GateDecorator(tick=2, tock=0, share=0.5, decay_in="own"),
 }
 
 #: (smooth, rectify) of each arm; the thresholds of `sr` are low, so that releases do happen.

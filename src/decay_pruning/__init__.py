@@ -18,7 +18,18 @@ from decay_pruning.errors import (
     ManifestError,
     SurgeryError,
 )
-from decay_pruning.hosts import Custom, DepGraph, Goal, Host, Picker, Scene, SparseLearning, choose
+from decay_pruning.hosts import (
+    Custom,
+    DepGraph,
+    GateDecorator,
+    Goal,
+    Host,
+    Phase,
+    Picker,
+    Scene,
+    SparseLearning,
+    choose,
+)
 from decay_pruning.manifest import load, save
 from decay_pruning.plan import Plan, inspect
 from decay_pruning.pruner import Progress, Pruner, PruningReport
@@ -37,11 +48,13 @@ __all__ = [
     "DecayPruningError",
     "DepGraph",
     "Event",
+    "GateDecorator",
     "Goal",
     "GraphError",
     "Host",
     "LayerGroup",
     "ManifestError",
+    "Phase",
     "Picker",
     "Picks",
     "Plan",
