@@ -156,7 +156,9 @@ class Pruner:
         self._picker.attach(self._scene())
         self._round = 0  # picks made
         self._due = start  # step of the next pick
-        self._fruitless = 0  # rounds in a row that released more than they removed, of a host that times itself
+        self._fruitless = (
+            0  # rounds in a row that released more than they removed, of a host that times itself
+        )
         self._surplus = 0  # how much more had been released than removed at its last pick
         self._finished_at = 0
         self.engine.attach(self)
