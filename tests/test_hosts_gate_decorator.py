@@ -305,17 +305,10 @@ def test_the_user_gets_plain_classes_back(arm):
     run = start("residual", "gates", arm)
     while not run.pruner.done:
         assert type(run.model.bn1) is GatedBatchNorm2d
-        with torch.no_grad():
-            before = copy.deepcopy(run.model).eval()(example())
         run.step()
         assert run.pruner.progress().step < 60
-    assert all(type(m) is nn.BatchNorm2d for n, m in run.model.named_modules() if n.startswith("bn"))
-    with torch.no_grad():
-        assert not torch.allclose(before, copy.deepcopy(run.model).eval()(example()))
-    structures = Graph(run.model, example()).structures
-    assert [len(g) for g in structures.groups.values()] == [
-        len(g) for g in run.pruner.structures.groups.values() if len(g) > 1
-    ]
+    assert [type(m) for m in run.model.modules()] == [type(m) for m in build_model("residual").modules()]
+    assert run.model.bn2.num_features == run.model.conv2.out_channels < 12
 
 
 def test_folding_at_the_end_changes_nothing():
@@ -360,11 +353,9 @@ def test_gates_of_layers_without_batch_norm_are_those_that_one_would_insert():
         ]
         for g in gates
     }
-    assert found.keys() >= {"3", "6"}
+    assert found.keys() == {"1", "3", "6"}
     for name, strength in found.items():
-        expected = inserted[name].grad.abs()
-        if strength.numel() == expected.numel():
-            torch.testing.assert_close(strength, expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(strength, inserted[name].grad.abs(), rtol=1e-4, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------- decaying and releasing
@@ -489,6 +480,29 @@ def test_by_force_and_by_plan_before_there_are_scores():
     report = run.pruner.finish(force=True)
     assert report.macs[1] <= 0.5 * report.macs[0]
     assert type(run.model.bn1) is nn.BatchNorm2d
+
+
+def test_scores_and_sparsity_do_not_depend_on_the_scale_of_the_loss():
+    """A fused optimizer gets gradients that are still scaled."""
+    seen = []
+    for scale in (1.0, 2.0**14):
+        host = GateDecorator(tick=9, tock=3, strength=0.1)
+        run = start(
+            "residual", "gates", host=host, optimizer=lambda p: torch.optim.SGD(p, lr=0.05, fused=True)
+        )
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        for _ in range(6):
+            x, y = next(run.batches)
+            run.optimizer.zero_grad()
+            scaler.scale(nn.functional.cross_entropy(run.model(x), y)).backward()
+            scaler.step(run.optimizer)
+            scaler.update()
+        seen.append((run.pruner._picker._scores, run.model.bn2.weight.detach().clone()))
+    (scores, gates), (same_scores, same_gates) = seen
+    assert scores.keys() == {"conv1", "conv2"} and all(bool((s > 0).all()) for s in scores.values())
+    for name, score in scores.items():
+        torch.testing.assert_close(score, same_scores[name], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(gates, same_gates, rtol=1e-4, atol=1e-6)
 
 
 def test_original_widths_count_for_what_is_kept():

@@ -266,12 +266,13 @@ def _parts(group: LayerGroup, coupling: Coupling, gated: frozenset[str]) -> tupl
 def _strength(gate: _Gate, parameters: Mapping[str, Tensor], *, of_gradient: bool) -> Tensor:
     """|φ·∂L/∂φ| of every channel, or Σ w² without gradients; parallel to the coupling's owners."""
     first, dim = gate.parts[0]
-    total = parameters[first].new_zeros(parameters[first].shape[dim])
+    wide = torch.promote_types(parameters[first].dtype, torch.float32)
+    total = parameters[first].new_zeros(parameters[first].shape[dim], dtype=wide)
     for name, dim in gate.parts:
         weight = parameters[name]
         other = weight.grad if of_gradient else weight
         if other is not None:
-            total += (weight * other).movedim(dim, 0).reshape(total.numel(), -1).sum(1)
+            total += (weight.to(wide) * other).movedim(dim, 0).reshape(total.numel(), -1).sum(1)
     return total.abs()[gate.coupling.position.to(total.device)]
 
 
@@ -284,10 +285,10 @@ class _TickTock(Picker):
     def __init__(self, host: GateDecorator) -> None:
         self._host = host
         self._phase = "tock" if host.tock else "tick"
-        self._begun = -1  # step at which the phase began; -1: it begins with the first pick's time, `start`
+        self._begun = 0  # step at which the phase begins or began
         self._ticks = 0  # Ticks that are over
         self._picked_at = -1
-        #: layer group → sum of |φ·∂L/∂φ| over this Tick, by original index
+        #: layer group → sum of |φ·∂L/∂φ| over this Tick (or the last one), by original index
         self._scores: dict[str, Tensor] = {}
         self._gated: list[str] = []
         self._model: nn.Module | None = None
@@ -309,8 +310,7 @@ class _TickTock(Picker):
         self._gated = gate(scene.model)
         self._known = None
         _forget(scene.model, self._gated, scene.optimizer)
-        if self._begun < 0:
-            self._begun = scene.start
+        self._begun = scene.start
 
     def detach(self, scene: Scene) -> None:
         _forget(scene.model, fold(scene.model), scene.optimizer)
@@ -351,7 +351,9 @@ class _TickTock(Picker):
         return "tock" if self._host.tock and self._ticks % self._host.ticks == 0 else "tick"
 
     def _enter(self, phase: str, scene: Scene) -> None:
-        self._phase, self._begun, self._scores = phase, scene.step, {}
+        self._phase, self._begun = phase, scene.step
+        if phase == "tick":
+            self._scores = {}
         logger.info("step %d: %s", scene.step, phase)
 
     # -- each step ---------------------------------------------------------------------------------------
@@ -379,11 +381,13 @@ class _TickTock(Picker):
         if self._phase != "tick" or scene.step + 1 - self._begun < self._host.tick or scene.busy:
             return {}
         self._picked_at = scene.step
-        return self._lowest(scene, self._current(scene), goal, share=self._host.share)
+        scores = self._priced(scene, self._scored(scene))
+        return self._lowest(scene, scores, goal, share=self._host.share)
 
     def pick(self, scene: Scene, goal: Goal) -> Picks:
         """For the whole goal at once: by the scores so far, or by Σ w² before there are any."""
-        return self._lowest(scene, self._current(scene), goal, share=None)
+        scores = self._scores or self._scored(scene, of_gradient=False)
+        return self._lowest(scene, self._priced(scene, scores), goal, share=None)
 
     # -- ranking -----------------------------------------------------------------------------------------
 
@@ -392,29 +396,22 @@ class _TickTock(Picker):
             self._known = structures, _gates(structures, frozenset(self._gated))
         return self._known[1]
 
-    def _scored(self, scene: Scene) -> dict[str, Tensor]:
-        """The scores with those of the gradients that are there now."""
+    def _scored(self, scene: Scene, *, of_gradient: bool = True) -> dict[str, Tensor]:
+        """The scores with what is there now added: |φ·∂L/∂φ| of this batch, or Σ w²."""
         scale = getattr(scene.optimizer, "grad_scale", None)
-        scores = {name: score.clone() for name, score in self._scores.items()}
+        scores = dict(self._scores)
         for gate in self._all_gates(scene.structures):
-            strength = _strength(gate, scene.parameters, of_gradient=True)
-            strength = strength if scale is None else strength / scale
-            self._add(scores, scene, gate, strength)
+            strength = _strength(gate, scene.parameters, of_gradient=of_gradient)
+            if of_gradient and scale is not None:
+                strength = strength / scale
+            width = len(scene.graph.structures.groups[gate.group])
+            index = scene.structures.groups[gate.group].ids[gate.coupling.owner].to(strength.device)
+            before = scores.get(gate.group, strength.new_zeros(width))
+            scores[gate.group] = before.to(strength.device).index_add(0, index, strength)
         return scores
 
-    def _add(self, scores: dict[str, Tensor], scene: Scene, gate: _Gate, strength: Tensor) -> None:
-        width = len(scene.graph.structures.groups[gate.group])
-        score = scores.setdefault(gate.group, strength.new_zeros(width)).to(strength.device)
-        index = scene.structures.groups[gate.group].ids[gate.coupling.owner]
-        scores[gate.group] = score.index_add_(0, index.to(score.device), strength.to(score.dtype))
-
-    def _current(self, scene: Scene) -> dict[str, Tensor]:
+    def _priced(self, scene: Scene, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Scores of the structures that are there: layer group → one per id, less η times what they cost."""
-        scores = self._scored(scene)
-        if not any(bool(score.any()) for score in scores.values()):
-            scores = {}
-            for gate in self._all_gates(scene.structures):
-                self._add(scores, scene, gate, _strength(gate, scene.parameters, of_gradient=False))
         found = {
             name: scores[name].cpu()[group.ids]
             for name, group in scene.structures.groups.items()
