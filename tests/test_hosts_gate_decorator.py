@@ -22,6 +22,8 @@ from decay_pruning import (
 )
 from decay_pruning.graph import Graph
 from decay_pruning.hosts.gate_decorator import GatedBatchNorm2d, _gates, _strength, fold, gate
+from decay_pruning.lab.data import ImageData
+from decay_pruning.lab.trainer import TrainSettings, train
 
 from .registry import batches, build_model, example, start
 
@@ -537,3 +539,25 @@ def test_a_gated_model_is_proven_like_any_other():
     surgery.remove(model, structures, picks, example_inputs=example())
     assert type(model.bn2) is GatedBatchNorm2d and model.bn2.weight.shape == (9,)
     torch.testing.assert_close(model.eval()(example()), before)
+
+
+def test_the_trainer_follows_the_phases():
+    images = torch.randint(
+        0, 256, (40, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    labels = torch.arange(40) % 5
+    data = ImageData(
+        "noise", images, labels, images[:10], labels[:10], torch.full((3,), 0.5), torch.ones(3), (*"abcde",)
+    )
+    host = GateDecorator(tick=2, tock=4, ticks=1, share=0.9, lr_min=0.01, lr_max=0.03)
+
+    def attach(model: nn.Module, x: Tensor, optimizer: torch.optim.Optimizer, total: int) -> Pruner:
+        smooth = SmoothPruning.one_step()
+        return Pruner(model, x[:1], optimizer, 0.6, host=host, smooth=smooth, total_steps=total, start=2)
+
+    settings = TrainSettings(epochs=4, batch_size=10, lr=0.5, schedule="constant")
+    history = train(build_model("residual"), data, settings, seed=0, pruner_factory=attach, cpu=True)
+    rates = [row["lr"] for row in history.rows]
+    fine_tuning = [0.01, 0.015, 0.02, 0.025, 0.03, 0.025, 0.02, 0.015]
+    assert rates == pytest.approx([0.5] * 2 + [0.01, 0.02, 0.03, 0.02] + [0.01] * 2 + fine_tuning)
+    assert history.report.rounds == 1
