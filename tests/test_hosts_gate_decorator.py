@@ -266,7 +266,7 @@ def lively() -> nn.Module:
 
 
 def test_gates_change_neither_outputs_nor_statistics():
-    plain = lively()
+    plain = lively().double()
     gated = copy.deepcopy(plain)
     classes = [type(m) for m in plain.modules()]
     assert gate(gated) == ["bn3", "bn2", "bn1", "bn0"]
@@ -277,7 +277,11 @@ def test_gates_change_neither_outputs_nor_statistics():
     }
     x = torch.randn(5, 1, 4, 6, 6)
     for mode in (True, True, False):
-        torch.testing.assert_close(gated.train(mode)(x), plain.train(mode)(x), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            gated.train(mode)(x.double()), plain.train(mode)(x.double()), rtol=1e-10, atol=1e-12
+        )
+        single, other = copy.deepcopy(gated).float(), copy.deepcopy(plain).float()
+        torch.testing.assert_close(single(x), other(x), rtol=1e-5, atol=1e-6)
     for name, buffer in gated.named_buffers():
         torch.testing.assert_close(buffer, plain.get_buffer(name), msg=name)
     assert fold(gated) == ["bn3", "bn2", "bn1", "bn0"]
