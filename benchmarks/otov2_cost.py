@@ -5,7 +5,7 @@
 
 `host` is a step after the partition in which nothing has passed the half-space test yet, so all structures are in the
 redundant set and all are measured and shrunk: the dearest that there is. `momentum` is the same under SGD with
-momentum, where the host reads the direction off a copy of the weights. Each figure is the median over repeats, in turn. The
+momentum, where the host reads the direction off a copy of the weights. Each figure is the median over repeats. The
 bound is 10 % of SGD's step + 1 % of forward + backward.
 """
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from decay_pruning import (
     Custom,
     DepGraph,
+    GateDecorator,
     Goal,
     OTOv2,
     Picks,
@@ -102,6 +103,8 @@ HOSTS: dict[str, Callable[[], Host]] = {
     # a strong pull, so that structures come to the half-space within a few steps
     "otov2": lambda: OTOv2(lam=0.8, epsilon=0.97, tolerance=0.1, deadline=8, interval=3),
     "otov2-partition": lambda: OTOv2(lam=2.0, tolerance=0.1, decay_from="partition", deadline=8),
+    "gates": lambda: GateDecorator(tick=1, tock=1, ticks=2, share=0.4),
+    "gates-own": lambda: GateDecorator(tick=2, tock=0, share=0.5, decay_in="own"),
 }
 
 #: (smooth, rectify) of each arm; the thresholds of `sr` are low, so that releases do happen.

@@ -323,6 +323,9 @@ class Stub:
             macs=2 * params, params=params, decaying=decaying, held=0, released=1, removed=self.removed
         )
 
+    def phase(self) -> None:
+        return None
+
     def norms(self) -> dict[str, float]:
         assert not self.removed, "norms are asked for although nothing decays"
         return {f"layer:{i}": 1 - self.step / self.at_step for i in range(60)}

@@ -225,6 +225,9 @@ def test_there_are_recipes() -> None:
         "cifar10-resnet20-quick",
         "cifar10-resnet56-depgraph",
         "cifar10-resnet56-depgraph-sparse",
+        "cifar10-resnet56-gate-decorator",
+        "cifar10-vgg16-gate-decorator",
+        "digits-gate-decorator",
     }
     assert {path.stem for path in RECIPES} >= expected
 

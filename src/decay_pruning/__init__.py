@@ -18,7 +18,19 @@ from decay_pruning.errors import (
     ManifestError,
     SurgeryError,
 )
-from decay_pruning.hosts import Custom, DepGraph, Goal, Host, OTOv2, Picker, Scene, SparseLearning, choose
+from decay_pruning.hosts import (
+    Custom,
+    DepGraph,
+    GateDecorator,
+    Goal,
+    Host,
+    OTOv2,
+    Phase,
+    Picker,
+    Scene,
+    SparseLearning,
+    choose,
+)
 from decay_pruning.manifest import load, save
 from decay_pruning.plan import Plan, inspect
 from decay_pruning.pruner import Progress, Pruner, PruningReport
@@ -37,12 +49,14 @@ __all__ = [
     "DecayPruningError",
     "DepGraph",
     "Event",
+    "GateDecorator",
     "Goal",
     "GraphError",
     "Host",
     "LayerGroup",
     "ManifestError",
     "OTOv2",
+    "Phase",
     "Picker",
     "Picks",
     "Plan",

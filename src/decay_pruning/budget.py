@@ -138,6 +138,10 @@ class CostModel:
             macs -= lost * self._macs.get(name, 0.0)
         return Cost(round(macs), round(params), structures)
 
+    def uses(self, tensor: str) -> float:
+        """MACs per element of a weight: in a convolution, the positions of its output; 0 for what is not multiplied."""
+        return self._macs.get(tensor, 0.0)
+
     def after_picks(self, picks: Picks) -> Cost:
         """Cost once these are gone, by original indices."""
         masks = {}

@@ -19,7 +19,7 @@ from decay_pruning.schedules import Schedule, resolve
 from decay_pruning.structures import Role, SliceBatch
 
 Bound = Literal["slice", "joint"]
-SliceChoice = Literal["all", "rows", "norm", "columns", "rows+norm", "norm+columns"]
+SliceChoice = Literal["all", "rows", "norm", "columns", "rows+norm", "norm+columns", "gates"]
 
 _ROWS = frozenset({Role.ROW, Role.BIAS})
 _NORM = frozenset({Role.SCALE, Role.SHIFT})
@@ -31,6 +31,7 @@ SLICES: dict[SliceChoice, frozenset[Role]] = {
     "columns": _COLUMNS,
     "rows+norm": _ROWS | _NORM,
     "norm+columns": _NORM | _COLUMNS,
+    "gates": frozenset({Role.SCALE}),
 }
 
 

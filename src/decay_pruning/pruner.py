@@ -20,7 +20,7 @@ from decay_pruning.budget import Cost, CostModel, Target
 from decay_pruning.decay import SmoothPruning
 from decay_pruning.engine import Engine, Event, Key
 from decay_pruning.errors import BudgetError, ConfigError
-from decay_pruning.hosts import Custom, DepGraph, Goal, Host, Scene
+from decay_pruning.hosts import Custom, DepGraph, Goal, Host, Phase, Scene
 from decay_pruning.plan import Plan
 from decay_pruning.rectify import SelfRectifying
 from decay_pruning.structures import Picks, StructureSet
@@ -153,8 +153,12 @@ class Pruner:
         )
         self._picker = self.host.begin()
         self._picker.check(self._scene(), self._goal(1.0))
+        self._picker.attach(self._scene())
         self._round = 0  # picks made
         self._due = start  # step of the next pick
+        # Of a host that makes offers: rounds in a row that released more than they removed, and by how much.
+        self._fruitless = 0
+        self._surplus = 0
         self._finished_at = 0
         self._left: tuple[Mapping[str, Tensor], Cost] = {}, self.before
         self.engine.attach(self)
@@ -190,6 +194,14 @@ class Pruner:
         """ "layer group:index" → norm now over norm at the pick, for what is decaying."""
         return {f"{name}:{index}": value for (name, index), value in self.engine.norms().items()}
 
+    def phase(self) -> Phase | None:
+        """What the host wants the next step to be, for loops that follow it; None for hosts without phases.
+
+        >>> if (phase := pruner.phase()) and phase.lr is not None:  # doctest: +SKIP
+        ...     optimizer.param_groups[0]["lr"] = phase.lr
+        """
+        return self._picker.phase(self._scene())
+
     def plan(self) -> Plan:
         """What the host would pick for the whole target now; nothing is touched."""
         return Plan.of(self.structures, self._picker.pick(self._scene(), self._goal(1.0)), self._costs)
@@ -208,6 +220,7 @@ class Pruner:
         if not self.done:
             raise BudgetError(self._how_far())
         self.engine.detach()
+        self._picker.detach(self._scene())
         return self.report()
 
     def report(self) -> PruningReport:
@@ -244,6 +257,8 @@ class Pruner:
             "removed": {name: ids for name, ids in removed.items() if ids},
             "round": self._round,
             "due": self._due,
+            "fruitless": self._fruitless,
+            "surplus": self._surplus,
             "finished_at": self._finished_at,
             "before": asdict(self.before),
             "engine": self.engine.state_dict(),
@@ -273,6 +288,8 @@ class Pruner:
         self.before = Cost(**state["before"])
         self._round = state["round"]
         self._due = state["due"]
+        self._fruitless = state["fruitless"]
+        self._surplus = state["surplus"]
         self._finished_at = state["finished_at"]
         self.engine.load_state_dict(state["engine"])
         self._picker.load_state_dict(state["picker"])
@@ -282,6 +299,9 @@ class Pruner:
     def before_step(self) -> None:
         """Pick, when it is time."""
         if self._picker.own_time:
+            return
+        if not self.host.rounds:
+            self._take_offer()
             return
         idle = not self.engine.decaying and not self.engine.held
         if idle and self.engine.step >= self._due and not self._goal(1.0).met(self._costs.now):
@@ -316,6 +336,7 @@ class Pruner:
         if ended:
             self._remove()
             self._due = self.engine.step + (0 if self._picker.own_time else self.host.interval)
+        self._picker.after_step(self._scene())
 
     @property
     def _picking(self) -> bool:
@@ -345,13 +366,37 @@ class Pruner:
             raise BudgetError(f"the host's picks do not lead to the target. {self._how_far()}")
         self.engine.pick(self._choose(goal), self._steps(), rectified=extra < retries)
 
-    def _choose(self, goal: Goal) -> Picks:
+    def _take_offer(self) -> None:
+        """Let fade what a host that times itself wants to go now.
+
+        Rectifying rests for a round when more than `retries` rounds in a row have released most of what they picked, so
+        there is always a way to the target.
+        """
+        goal = self._goal(1.0)
+        if self.engine.step < self.start or goal.met(self._costs.now):
+            return
+        picks = self._ask(self._picker.offer, goal)
+        if not any(len(ids) for ids in picks.values()):
+            return
+        self._check_widths(picks)
+        surplus = self.engine.counts.released - self.engine.counts.removed
+        self._fruitless = self._fruitless + 1 if surplus > self._surplus else 0
+        self._surplus = surplus
+        self._round += 1
+        retries = self.rectify.retries if self.rectify is not None else 0
+        self.engine.pick(picks, self._steps(), rectified=self._fruitless <= retries)
+
+    def _ask(self, ask: Callable[[Scene, Goal], Picks], goal: Goal) -> Picks:
+        """Ask the host for picks; where there are none but structures that cool down, these are eligible again."""
         try:
-            picks = self._picker.pick(self._scene(), goal)
+            return ask(self._scene(), goal)
         except BudgetError:
             if not self.engine.end_cooldown():
                 raise
-            picks = self._picker.pick(self._scene(), goal)
+            return ask(self._scene(), goal)
+
+    def _choose(self, goal: Goal) -> Picks:
+        picks = self._ask(self._picker.pick, goal)
         if not any(len(ids) for ids in picks.values()):
             raise BudgetError(f"the host picked nothing. {self._how_far()}")
         self._check_widths(picks)
@@ -392,6 +437,8 @@ class Pruner:
         if isinstance(self.smooth.steps, int):
             return self.smooth.steps if left is None else max(1, min(self.smooth.steps, left))
         assert self.total_steps is not None and left is not None
+        if not self.host.rounds:
+            return max(1, round(self.smooth.steps * min(self.host.interval, left)))
         whole = self.smooth.steps * (self.total_steps - self.start)
         return max(1, min(round(whole / self.host.rounds), round(self.smooth.steps * max(left, 0)) or 1))
 
@@ -410,9 +457,11 @@ class Pruner:
             costs=self._costs,
             step=self.engine.step,
             start=self.start,
+            total=self.total_steps,
+            goal=self._goal(1.0),
+            busy=len(self.engine.decaying) + sum(len(ids) for ids in self.engine.held.values()),
             find_eligible=self.engine.eligible,
             find_fading=self.engine.fading,
-            end=self.total_steps,
             one_step=self.smooth.steps == 1,
         )
 

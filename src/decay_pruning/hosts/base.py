@@ -35,6 +35,21 @@ class Goal:
         return float(getattr(cost, self.of)) <= self.at_most
 
 
+@dataclass(frozen=True)
+class Phase:
+    """What a host wants the training to do now; the trainer of the lab follows it, and so can any loop.
+
+    Attributes:
+        name: "tick", "tock", …, in the words of the host.
+        step: optimizer steps of this phase that are done.
+        lr: learning rate of the next step, or None where the host leaves it to the loop.
+    """
+
+    name: str
+    step: int
+    lr: float | None = None
+
+
 @dataclass
 class Scene:
     """The network as a host sees it.
@@ -48,7 +63,9 @@ class Scene:
         costs: predicts what is left after a removal.
         step: optimizer steps done since the pruner was attached.
         start: step at which the first structures are picked.
-        end: step at which training ends, where that is known.
+        total: optimizer steps of the whole training, where the user has told.
+        goal: what is to be left in the end.
+        busy: how many structures decay, or are held at zero until they are removed.
         one_step: picks are zeroed in the step in which they are made (N = 1): the host's own pruning.
     """
 
@@ -60,9 +77,11 @@ class Scene:
     costs: CostModel
     step: int
     start: int
+    total: int | None
+    goal: Goal
+    busy: int
     find_eligible: Callable[[], Mapping[str, Tensor]]
     find_fading: Callable[[], Mapping[str, Tensor]]
-    end: int | None = None
     one_step: bool = False
 
     def eligible(self) -> Mapping[str, Tensor]:
@@ -91,6 +110,16 @@ class Picker:
 
     own_time: bool = False
 
+    def attach(self, scene: Scene) -> None:
+        """Before any training: the time to change how the model computes, but not what."""
+
+    def detach(self, scene: Scene) -> None:
+        """After the last removal: the time to undo what `attach` did. Can be called more than once."""
+
+    def phase(self, scene: Scene) -> Phase | None:
+        """What the next step belongs to; None for a host without phases."""
+        return None
+
     def add_gradients(self, scene: Scene, scale: Tensor | None) -> None:
         """Add to `.grad` before each step (sparse learning). Gradients are `scale` times too large under a scaler."""
 
@@ -105,6 +134,19 @@ class Picker:
         """Structures to prune so that the goal is met, all of them eligible."""
         raise NotImplementedError
 
+    def offer(self, scene: Scene, goal: Goal) -> Picks:
+        """Picks of a host that times itself (`rounds` is 0): asked before every step, empty where it is not time.
+
+        They may be a part of the way to the goal. To be asked twice in one step must change nothing.
+
+        Raises:
+            BudgetError: it is time, and nothing can be picked.
+        """
+        return {}
+
+    def after_step(self, scene: Scene) -> None:
+        """After each step: everything has moved and decayed, and what has come to its end is removed."""
+
     def state_dict(self) -> dict[str, Any]:
         """What has to be saved to go on bit for bit."""
         return {}
@@ -118,11 +160,11 @@ class Host(Protocol):
 
     @property
     def rounds(self) -> int:
-        """In how many rounds the target is approached."""
+        """In how many rounds the target is approached; 0 where the host times its picks by itself (`Picker.offer`)."""
 
     @property
     def interval(self) -> int:
-        """Optimizer steps between the end of one round's decay and the next pick."""
+        """Optimizer steps between the end of one round's decay and the next pick (on average, if rounds is 0)."""
 
     def graph(self, model: nn.Module, example_inputs: object) -> Graph:
         """Find the structures of a model."""

@@ -365,7 +365,7 @@ class _DHSPG(Picker):
         deadline = self._host.deadline
         assert self._begun is not None
         if isinstance(deadline, float):
-            deadline = None if scene.end is None else deadline * (scene.end - self._begun)
+            deadline = None if scene.total is None else deadline * (scene.total - self._begun)
         return deadline is not None and scene.step - self._begun >= deadline
 
     # -- the redundant set -----------------------------------------------------------------------------------

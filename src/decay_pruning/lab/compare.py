@@ -295,6 +295,9 @@ class _Preparation:
     def norms(self) -> Mapping[str, float]:
         return {}
 
+    def phase(self) -> None:
+        return None
+
     def finish(self) -> None:
         self.pruner.engine.detach()
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from decay_pruning.errors import ConfigError
+from decay_pruning.hosts import Phase
 from decay_pruning.lab.data import AUGMENTATIONS, Batches, Data, Split
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class PrunerLike(Protocol):
     def done(self) -> bool: ...
     def progress(self) -> Progress: ...
     def norms(self) -> Mapping[str, float]: ...
+    def phase(self) -> Phase | None: ...
     def finish(self) -> Any: ...
 
 
@@ -403,7 +405,10 @@ class Training:
             epoch, index = divmod(step - 1, per_epoch)
             if index == 0:
                 batches = self.batches.epoch(epoch)
-            lr = self.settings.learning_rate(step - 1, per_epoch, total)
+            phase = pruner.phase() if pruner else None
+            lr = phase.lr if phase is not None else None
+            if lr is None:
+                lr = self.settings.learning_rate(step - 1, per_epoch, total)
             loss = self._step(next(batches), lr)
             why = "end" if step == total else "epoch" if every and step % every == 0 else None
             if pruner and progress:
