@@ -58,6 +58,22 @@ GRIDS: dict[str, Grid] = {
             )
         },
     },
+    "starts": {  # of a decay under OTOv2
+        "single": ("single", []),
+        **{
+            f"{arm}, {start}": (arm, [f"prune.host.decay_from={start}"])
+            for arm in ("sp", "sr")
+            for start in ("half-space", "partition")
+        },
+    },
+    "gates": {  # where a decay runs under Gate Decorator
+        "single": ("single", []),
+        **{
+            f"{slices}, in {place}": ("sp", [f"prune.smooth.slices={slices}", f"prune.host.decay_in={place}"])
+            for slices in ("gates", "all")
+            for place in ("tick", "own")
+        },
+    },
 }
 
 
@@ -114,7 +130,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("recipe")
-    parser.add_argument("--grid", choices=list(GRIDS), nargs="+", default=list(GRIDS))
+    parser.add_argument("--grid", choices=list(GRIDS), nargs="+", default=["smooth", "rectify"])
     parser.add_argument("--set", dest="assignments", nargs="+", action="extend", default=[])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2)

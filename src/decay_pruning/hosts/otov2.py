@@ -60,7 +60,8 @@ class OTOv2:
             then (without effect where `total_steps` is unknown), None waits for ever.
         interval: optimizer steps between two removals of what is zero; 0 for a single one when the target is met.
         ignored: modules that keep their width: dotted names.
-        heads: attention projections → number of heads, where a structure is to be a whole head.
+        heads: layers whose outputs are attention heads → number of heads; a structure is then the same offset in
+            every head.
         allow_inexact: also prune where removal changes the function by its nature (a width under LayerNorm).
         min_kept: structures of a layer group that always stay.
 
