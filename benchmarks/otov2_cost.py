@@ -94,7 +94,8 @@ def main() -> None:
     print("  ".join(f"{key} {1000 * s:.2f} ms" for key, s in row["seconds"].items()))
     print(f"bound {1000 * row['bound_s']:.2f} ms", row["share_of_bound"])
     if args.out:
-        command = f"python {Path(__file__).name} --device {args.device} --batch {args.batch} --threads {args.threads}"
+        options = f"--device {args.device} --batch {args.batch} --threads {args.threads}"
+        command = f"python benchmarks/{Path(__file__).name} {options}"
         result = {"command": command, "versions": versions(), "machine": machine(args.device), "row": row}
         write(args.out, json.dumps(result, indent=1))
 
