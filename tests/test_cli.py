@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +154,12 @@ def test_seeds(words: str, seeds: list[int]) -> None:
 def test_wrong_seeds(words: str) -> None:
     with pytest.raises(ConfigError, match="--seeds takes"):
         cli._seeds(words)
+
+
+def test_without_the_lab_it_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "decay_pruning.lab.recipe", None)
+    monkeypatch.delattr("decay_pruning.lab.recipe", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["run", "recipes/digits.toml"])
+    assert stop.value.code == 2
+    assert "decay-pruning[lab]" in capsys.readouterr().err
