@@ -117,7 +117,7 @@ def test_one_step_is_what_the_host_alone_does():
 def test_bad_custom_picks_change_nothing():
     import pytest
 
-    from decay_pruning import ConfigError
+    from decay_pruning import BudgetError, ConfigError
 
     for wrong, message in (
         ({"nowhere": [0]}, "no layer group is called 'nowhere'"),
@@ -129,7 +129,7 @@ def test_bad_custom_picks_change_nothing():
         state = {
             k: v.clone() for k, v in run.model.state_dict().items() if "running" not in k and "num" not in k
         }
-        with pytest.raises((ConfigError, Exception), match=message):
+        with pytest.raises((ConfigError, BudgetError), match=message):
             run.step()
         assert all(torch.equal(run.model.state_dict()[k], v) for k, v in state.items())
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from decay_pruning import ConfigError, DepGraph, Pruner, SmoothPruning, SparseLearning, Target
+from decay_pruning import ConfigError, DepGraph, GraphError, Pruner, SmoothPruning, SparseLearning, Target
 from decay_pruning.hosts.depgraph import IMPORTANCES, GroupRegulariser
 
 from .registry import build_model, example, start
@@ -161,5 +161,5 @@ def test_wrong_settings(wrong):
 
 def test_importance_that_returns_nothing_useful():
     run = start("residual", "depgraph", "sp", host=DepGraph(importance=lambda group: torch.zeros(3)))
-    with pytest.raises(Exception, match="values for layer group 'conv1'"):
+    with pytest.raises(GraphError, match="values for layer group 'conv1'"):
         run.step()

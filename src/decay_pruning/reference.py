@@ -1,5 +1,7 @@
 """The Decay Pruning Method per structure, in plain loops: written to be read, and the oracle of the fast path.
 
+SP, and SR by its thresholds. What concerns several structures at once (`max_share`, picking others) is not stated here.
+
 Nothing here is fast and nothing imports it. A structure is a list of *slices*; a slice is (parameter name, dimension,
 positions). Elements are addressed one by one through masks, so overlaps are visible.
 """

@@ -97,7 +97,9 @@ class Graph:
         if not allow_inexact:
             structures = demote(structures)
         if not structures.groups:
-            reasons = "\n".join(f"  {name}: {why}" for name, why in structures.unprunable.items())
+            reasons = "\n".join(
+                f"  {name or type(model).__name__}: {why}" for name, why in structures.unprunable.items()
+            )
             raise GraphError(
                 f"nothing in this model can be pruned:\n{reasons or '  it has no prunable layer'}"
             )
