@@ -25,6 +25,7 @@ from decay_pruning.lab import compare, recipe, results
 Grid = dict[str, tuple[str, list[str]]]
 
 GRIDS: dict[str, Grid] = {
+    "arms": {arm: (arm, []) for arm in results.ARMS},
     "smooth": {
         "single": ("single", []),
         **{
