@@ -101,7 +101,7 @@ HOSTS: dict[str, Callable[[], Host]] = {
     "depgraph-sparse": lambda: DepGraph(sparse=SparseLearning(every=2)),
     "custom": lambda: Custom(smallest_rows),
     # a strong pull, so that structures come to the half-space within a few steps
-    "otov2": lambda: OTOv2(lam=0.8, epsilon=0.97, tolerance=0.1, deadline=8, interval=3),
+    "otov2": lambda: OTOv2(lam=0.8, epsilon=0.97, tolerance=0.1, deadline=8, remove_every=3),
     "otov2-partition": lambda: OTOv2(lam=2.0, tolerance=0.1, decay_from="partition", deadline=8),
     "gates": lambda: GateDecorator(tick=1, tock=1, ticks=2, share=0.4),
     "gates-own": lambda: GateDecorator(tick=2, tock=0, share=0.5, decay_in="own"),

@@ -400,6 +400,8 @@ def test_release_looks_at_the_joined_gate_vector():
         rectify=SelfRectifying(t_rate=1.0, warmup=0.0),
         target=Target(structures=0.3),
     )
+    run.step()
+    run.optimizer.zero_grad()
     x, y = next(run.batches)
     nn.functional.cross_entropy(run.model(x), y).backward()
     phi = torch.stack([run.model.bn1.weight, run.model.bn3.weight]).detach()

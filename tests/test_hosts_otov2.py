@@ -198,7 +198,7 @@ ORACLES: dict[str, Callable[..., torch.optim.Optimizer]] = {
 def test_step_by_step_as_in_plain_loops(model_name, optimizer):
     keep = 0.5
     pull = 1.2 if optimizer == "adamw" else 0.6 if optimizer == "adam" else 0.2
-    host = OTOv2(lam=pull, amplify=1.3, coeff=4.0, epsilon=0.95, tolerance=0.2, deadline=None, interval=0)
+    host = OTOv2(lam=pull, amplify=1.3, coeff=4.0, epsilon=0.95, tolerance=0.2, deadline=None, remove_every=0)
     model = build_model(model_name).double()
     made = ORACLES[optimizer](model.parameters())
     pruner = Pruner(
@@ -241,7 +241,7 @@ def test_sparsity_is_hit_exactly(keep, arm):
 
 def test_what_decays_counts_as_pruned():
     """Structures that pass the test while the target is met by decaying ones stay."""
-    host = OTOv2(lam=3.0, tolerance=0.4, interval=0)
+    host = OTOv2(lam=3.0, tolerance=0.4, remove_every=0)
     run = start("residual", "otov2", "sp", host=host, target=Target(structures=0.7))
     wanted = math.ceil(0.3 * len(run.pruner.original))
     most = 0
@@ -257,7 +257,7 @@ def test_what_decays_counts_as_pruned():
 def test_start_points(decay_from):
     """From the partition, all at once and from the norm that they have then; else one by one, and smaller."""
     events: list[Any] = []
-    host = OTOv2(lam=0.5, epsilon=0.97, tolerance=0.1, decay_from=decay_from, deadline=None, interval=0)
+    host = OTOv2(lam=0.5, epsilon=0.97, tolerance=0.1, decay_from=decay_from, deadline=None, remove_every=0)
     run = start(
         "plain", "otov2", "sp", host=host, start=2, on_event=events.append, target=Target(structures=0.6),
         optimizer=lambda p: torch.optim.SGD(p, lr=0.05),
@@ -339,8 +339,8 @@ def test_the_target_stays_unmet_without_a_deadline_and_force_meets_it():
 def test_removal_in_between_does_not_change_what_is_learned():
     """Zeros that are removed early or late: the same network in the end, up to rounding."""
     ends = []
-    for interval in (0, 1):
-        host = OTOv2(lam=0.5, epsilon=0.97, deadline=None, interval=interval)
+    for remove_every in (0, 1):
+        host = OTOv2(lam=0.5, epsilon=0.97, deadline=None, remove_every=remove_every)
         run = start("residual", "otov2", "single", host=host, optimizer=ORACLES["plain-decay"])
         removals = 0
         while not run.pruner.done:
@@ -360,7 +360,7 @@ def test_removal_in_between_does_not_change_what_is_learned():
     "wrong",
     [
         {"lam": 0.0}, {"amplify": -1}, {"coeff": 0}, {"epsilon": 1.0}, {"tolerance": -0.1}, {"decay_from": "start"},
-        {"deadline": 1.5}, {"deadline": 0}, {"interval": -1}, {"min_kept": 0},
+        {"deadline": 1.5}, {"deadline": 0}, {"remove_every": -1}, {"min_kept": 0},
     ],
 )  # fmt: skip
 def test_wrong_settings(wrong):

@@ -156,9 +156,6 @@ class Pruner:
         self._picker.attach(self._scene())
         self._round = 0  # picks made
         self._due = start  # step of the next pick
-        # Of a host that makes offers: rounds in a row that released more than they removed, and by how much.
-        self._fruitless = 0
-        self._surplus = 0
         self._finished_at = 0
         self._left: tuple[Mapping[str, Tensor], Cost] = {}, self.before
         self.engine.attach(self)
@@ -257,8 +254,6 @@ class Pruner:
             "removed": {name: ids for name, ids in removed.items() if ids},
             "round": self._round,
             "due": self._due,
-            "fruitless": self._fruitless,
-            "surplus": self._surplus,
             "finished_at": self._finished_at,
             "before": asdict(self.before),
             "engine": self.engine.state_dict(),
@@ -288,8 +283,6 @@ class Pruner:
         self.before = Cost(**state["before"])
         self._round = state["round"]
         self._due = state["due"]
-        self._fruitless = state["fruitless"]
-        self._surplus = state["surplus"]
         self._finished_at = state["finished_at"]
         self.engine.load_state_dict(state["engine"])
         self._picker.load_state_dict(state["picker"])
@@ -297,30 +290,30 @@ class Pruner:
     # -- the engine's driver ---------------------------------------------------------------------------------
 
     def before_step(self) -> None:
-        """Pick, when it is time."""
-        if self._picker.own_time:
-            return
-        if not self.host.rounds:
-            self._take_offer()
-            return
+        """Pick, when it is time; hosts that time themselves pick in `moved`."""
         idle = not self.engine.decaying and not self.engine.held
-        if idle and self.engine.step >= self._due and not self._goal(1.0).met(self._costs.now):
+        due = bool(self.host.rounds) and self.engine.step >= self._due
+        if idle and due and not self._goal(1.0).met(self._costs.now):
             self._pick()
 
     def add_gradients(self, scale: Tensor | None) -> None:
         """The host's own part in training, before the optimizer moves."""
-        if not self._picker.own_time or self._picking:
-            self._picker.add_gradients(self._scene(), scale)
+        self._picker.add_gradients(self._scene(), scale)
 
     def moved(self) -> None:
-        """The host's own part in training, after the move; what it picks starts to fade in this very step."""
-        if not self._picker.own_time or not self._picking:
+        """What a host that times itself picks starts to fade in this very step.
+
+        No structure is released twice, so there is always a way to the target; and the share that may be released is
+        one of all picks so far, since single picks can be as small as one structure.
+        """
+        if self.host.rounds or not self._wanting():
             return
-        picks = self._picker.moved(self._scene(), self._goal(1.0))
+        picks = self._ask(self._picker.moved, self._goal(1.0))
         if not any(len(ids) for ids in picks.values()):
             return
+        self._check_widths(picks)
         self._round += 1
-        again = self.engine.released(picks)  # a second release would leave the target unmet
+        again = self.engine.released(picks)
         released, picked = self.engine.counts.released, self.engine.counts.picked
         share = self.rectify is not None and released < self.rectify.most(picked + _count(picks))
         for part, rectified in ((_less(picks, again), share), (_only(picks, again), False)):
@@ -328,20 +321,14 @@ class Pruner:
                 self.engine.pick(part, self._steps(), rectified=rectified)
 
     def after_step(self) -> None:
-        """Remove what has come to the end of its decay, when nothing else is on its way."""
-        ended = self.engine.held and not self.engine.decaying
-        if self._picker.own_time:
-            due = bool(self.host.interval) and self.engine.step >= self._due + self.host.interval
-            ended = self.engine.held and ((ended and not self._picking) or due)
-        if ended:
+        """Remove what has come to the end of its decay, when the host agrees."""
+        if self.engine.held and self._picker.may_remove(self._scene()):
             self._remove()
-            self._due = self.engine.step + (0 if self._picker.own_time else self.host.interval)
+            self._due = self.engine.step + self.host.interval
         self._picker.after_step(self._scene())
 
-    @property
-    def _picking(self) -> bool:
-        """Whether a host with a time of its own is at work: training has come to `start`, and the target is not met by
-        what is fading."""
+    def _wanting(self) -> bool:
+        """Whether more has to be picked: training has come to `start`, and what is fading does not meet the target."""
         return self.engine.step >= self.start and not self._goal(1.0).met(self._cost_left())
 
     def _cost_left(self) -> Cost:
@@ -365,26 +352,6 @@ class Pruner:
         if extra > retries + _EXTRA_ROUNDS:
             raise BudgetError(f"the host's picks do not lead to the target. {self._how_far()}")
         self.engine.pick(self._choose(goal), self._steps(), rectified=extra < retries)
-
-    def _take_offer(self) -> None:
-        """Let fade what a host that times itself wants to go now.
-
-        Rectifying rests for a round when more than `retries` rounds in a row have released most of what they picked, so
-        there is always a way to the target.
-        """
-        goal = self._goal(1.0)
-        if self.engine.step < self.start or goal.met(self._costs.now):
-            return
-        picks = self._ask(self._picker.offer, goal)
-        if not any(len(ids) for ids in picks.values()):
-            return
-        self._check_widths(picks)
-        surplus = self.engine.counts.released - self.engine.counts.removed
-        self._fruitless = self._fruitless + 1 if surplus > self._surplus else 0
-        self._surplus = surplus
-        self._round += 1
-        retries = self.rectify.retries if self.rectify is not None else 0
-        self.engine.pick(picks, self._steps(), rectified=self._fruitless <= retries)
 
     def _ask(self, ask: Callable[[Scene, Goal], Picks], goal: Goal) -> Picks:
         """Ask the host for picks; where there are none but structures that cool down, these are eligible again."""
@@ -437,10 +404,11 @@ class Pruner:
         if isinstance(self.smooth.steps, int):
             return self.smooth.steps if left is None else max(1, min(self.smooth.steps, left))
         assert self.total_steps is not None and left is not None
-        if not self.host.rounds:
+        if not self.host.rounds and self.host.interval:  # a share of the way from one pick to the next
             return max(1, round(self.smooth.steps * min(self.host.interval, left)))
         whole = self.smooth.steps * (self.total_steps - self.start)
-        return max(1, min(round(whole / self.host.rounds), round(self.smooth.steps * max(left, 0)) or 1))
+        of_round = round(whole / max(1, self.host.rounds))
+        return max(1, min(of_round, round(self.smooth.steps * max(left, 0)) or 1))
 
     def _goal(self, way: float) -> Goal:
         """The absolute figure to reach after this part of the way (0 … 1) to the target."""
@@ -459,9 +427,11 @@ class Pruner:
             start=self.start,
             total=self.total_steps,
             goal=self._goal(1.0),
-            busy=len(self.engine.decaying) + sum(len(ids) for ids in self.engine.held.values()),
+            decaying=len(self.engine.decaying),
+            held=sum(len(ids) for ids in self.engine.held.values()),
             find_eligible=self.engine.eligible,
             find_fading=self.engine.fading,
+            find_wanting=self._wanting,
             one_step=self.smooth.steps == 1,
         )
 

@@ -65,7 +65,8 @@ class Scene:
         start: step at which the first structures are picked.
         total: optimizer steps of the whole training, where the user has told.
         goal: what is to be left in the end.
-        busy: how many structures decay, or are held at zero until they are removed.
+        decaying: how many structures decay.
+        held: how many are held at zero until they are removed.
         one_step: picks are zeroed in the step in which they are made (N = 1): the host's own pruning.
     """
 
@@ -79,9 +80,11 @@ class Scene:
     start: int
     total: int | None
     goal: Goal
-    busy: int
+    decaying: int
+    held: int
     find_eligible: Callable[[], Mapping[str, Tensor]]
     find_fading: Callable[[], Mapping[str, Tensor]]
+    find_wanting: Callable[[], bool]
     one_step: bool = False
 
     def eligible(self) -> Mapping[str, Tensor]:
@@ -98,17 +101,18 @@ class Scene:
         """
         return self.find_fading()
 
+    def wanting(self) -> bool:
+        """Whether more has to be picked: training has come to `start`, and what is fading does not meet the goal."""
+        return self.find_wanting()
+
 
 class Picker:
     """A host at work on one network: it picks, and may take part in training. Subclasses keep their state here.
 
-    Most hosts are asked for a `pick` when it is time, and again when that has been removed. One with `own_time` picks
-    whenever it likes in `moved`, also while earlier picks still decay; what is held then leaves when the target is
-    met, and every `interval` steps before. From the pruner's `start` on until what is fading meets the target, each of
-    its steps is `add_gradients`, the optimizer's own move, `moved`.
+    Each training step is `add_gradients`, the optimizer's own move, `moved`, `may_remove`, `after_step`. Most hosts are
+    asked for a `pick` before a step when it is time, and again when that has been removed. Those that time
+    themselves (`Host.rounds` is 0) say in `moved` what starts to fade, also while earlier picks still do.
     """
-
-    own_time: bool = False
 
     def attach(self, scene: Scene) -> None:
         """Before any training: the time to change how the model computes, but not what."""
@@ -124,8 +128,19 @@ class Picker:
         """Add to `.grad` before each step (sparse learning). Gradients are `scale` times too large under a scaler."""
 
     def moved(self, scene: Scene, goal: Goal) -> Picks:
-        """Right after the optimizer's move: change weights, and (with `own_time`) say what starts to fade now."""
+        """What a host that times itself wants to fade from this step on; empty where it is not time.
+
+        Asked right after the optimizer's move, and only while the scene is `wanting`. It may change weights.
+
+        Raises:
+            BudgetError: it is time, and nothing can be picked; nothing was changed. Where structures cool down, they
+                become eligible and the host is asked once more.
+        """
         return {}
+
+    def may_remove(self, scene: Scene) -> bool:
+        """Whether what is held at zero leaves now; asked in each step in which something is held."""
+        return not scene.decaying
 
     def check(self, scene: Scene, goal: Goal) -> None:
         """Raise `BudgetError` where the goal is out of reach, before any training."""
@@ -133,16 +148,6 @@ class Picker:
     def pick(self, scene: Scene, goal: Goal) -> Picks:
         """Structures to prune so that the goal is met, all of them eligible."""
         raise NotImplementedError
-
-    def offer(self, scene: Scene, goal: Goal) -> Picks:
-        """Picks of a host that times itself (`rounds` is 0): asked before every step, empty where it is not time.
-
-        They may be a part of the way to the goal. To be asked twice in one step must change nothing.
-
-        Raises:
-            BudgetError: it is time, and nothing can be picked.
-        """
-        return {}
 
     def after_step(self, scene: Scene) -> None:
         """After each step: everything has moved and decayed, and what has come to its end is removed."""
@@ -160,11 +165,15 @@ class Host(Protocol):
 
     @property
     def rounds(self) -> int:
-        """In how many rounds the target is approached; 0 where the host times its picks by itself (`Picker.offer`)."""
+        """In how many rounds the target is approached; 0 where the host times its picks by itself (`Picker.moved`)."""
 
     @property
     def interval(self) -> int:
-        """Optimizer steps between the end of one round's decay and the next pick (on average, if rounds is 0)."""
+        """Optimizer steps between the end of one round's decay and the next pick.
+
+        If `rounds` is 0, the steps from one pick to the next on average, of which a fractional N is then a share;
+        0 where there is no such thing, and N is a share of the training.
+        """
 
     def graph(self, model: nn.Module, example_inputs: object) -> Graph:
         """Find the structures of a model."""

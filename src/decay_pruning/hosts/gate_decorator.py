@@ -333,18 +333,18 @@ class _TickTock(Picker):
         host, n = self._host, scene.step - self._begun
         if self._phase == "fine-tune" or n <= 0:
             return
-        if scene.goal.met(scene.costs.now) and not scene.busy:
+        if scene.goal.met(scene.costs.now) and not _busy(scene):
             self.detach(scene)
             self._enter("fine-tune", scene)
         elif self._phase == "tock":
             if n >= host.tock:
                 self._enter("tick", scene)
         elif self._phase == "decay":
-            if not scene.busy:
+            if not _busy(scene):
                 self._enter(self._after_tick(), scene)
         elif self._picked_at == scene.step - 1:
             self._ticks += 1
-            own = host.decay_in == "own" and scene.busy
+            own = host.decay_in == "own" and _busy(scene)
             self._enter("decay" if own else self._after_tick(), scene)
 
     def _after_tick(self) -> str:
@@ -377,12 +377,12 @@ class _TickTock(Picker):
                     pull = module.weight.detach().sign() * self._host.strength
                     module.weight.grad.add_(pull if scale is None else pull * scale.to(pull.dtype))
 
-    def offer(self, scene: Scene, goal: Goal) -> Picks:
-        if self._phase != "tick" or scene.step + 1 - self._begun < self._host.tick or scene.busy:
+    def moved(self, scene: Scene, goal: Goal) -> Picks:
+        if self._phase != "tick" or scene.step + 1 - self._begun < self._host.tick or _busy(scene):
             return {}
+        picks = self._lowest(scene, self._priced(scene, self._scores), goal, share=self._host.share)
         self._picked_at = scene.step
-        scores = self._priced(scene, self._scored(scene))
-        return self._lowest(scene, scores, goal, share=self._host.share)
+        return picks
 
     def pick(self, scene: Scene, goal: Goal) -> Picks:
         """For the whole goal at once: by the scores so far, or by Σ w² before there are any."""
@@ -492,6 +492,10 @@ class _TickTock(Picker):
         self._ticks, self._picked_at = state["ticks"], state["picked_at"]
         self._scores = dict(state["scores"])
         self._known = None
+
+
+def _busy(scene: Scene) -> bool:
+    return bool(scene.decaying or scene.held)
 
 
 def _forget(model: nn.Module, names: list[str], optimizer: Optimizer) -> None:

@@ -58,7 +58,7 @@ class OTOv2:
         deadline: when what has not passed the half-space test goes all the same, those that have shrunk most first: an
             int counts optimizer steps since the partition, a float in (0, 1] is a share of the training that is left
             then (without effect where `total_steps` is unknown), None waits for ever.
-        interval: optimizer steps between two removals of what is zero; 0 for a single one when the target is met.
+        remove_every: optimizer steps between two removals of what is zero; 0 for a single one when the target is met.
         ignored: modules that keep their width: dotted names.
         heads: layers whose outputs are attention heads → number of heads; a structure is then the same offset in
             every head.
@@ -76,12 +76,13 @@ class OTOv2:
     tolerance: float = 0.2
     decay_from: DecayFrom = "half-space"
     deadline: int | float | None = 0.5
-    interval: int = 1000
+    remove_every: int = 1000
     ignored: tuple[str, ...] = ()
     heads: Mapping[str, int] = field(default_factory=dict)
     allow_inexact: bool = False
     min_kept: int = 1
-    rounds: ClassVar[int] = 1
+    rounds: ClassVar[int] = 0
+    interval: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         for name in ("lam", "amplify", "coeff"):
@@ -98,7 +99,7 @@ class OTOv2:
                 f"host.deadline = {self.deadline}: a float is the share of the training that is left, in (0, 1]; "
                 "write an int for a number of optimizer steps"
             )
-        for name, least in (("deadline", 1), ("interval", 0), ("min_kept", 1)):
+        for name, least in (("deadline", 1), ("remove_every", 0), ("min_kept", 1)):
             value = getattr(self, name)
             if isinstance(value, int) and value < least:
                 raise ConfigError(f"host.{name} must be at least {least}, not {value}")
@@ -184,7 +185,7 @@ class ZeroInvariantGroups:
     """
 
     #: Elements that are read at a time on a CPU, so that both tensors stay in its cache (measured: 0.75 of the time).
-    BLOCK = 2**18
+    BLOCK = 2**17
 
     def __init__(self, structures: StructureSet, parameters: Mapping[str, Tensor]) -> None:
         count = len(structures)
@@ -228,20 +229,23 @@ class ZeroInvariantGroups:
 
     def products(self, x: Mapping[str, Tensor], y: Mapping[str, Tensor | None]) -> Tensor:
         """⟨x, x⟩, ⟨x, y⟩ and ⟨y, y⟩ of every row, shape (rows, 3), at least float32; an absent y counts as zero."""
-        parts = []
+        squares: list[Tensor] = []  # ⟨x, x⟩ and ⟨y, y⟩ in turns
+        dots: list[Tensor] = []
         names = [name for name, _ in self.places]
         if self.flat:
             a = torch.cat([_wide(x[name]) for name in names[: self.flat]])
             b = torch.cat([_wide(_or_zero(y.get(name), x[name])) for name in names[: self.flat]])
-            parts.append(torch.stack([a * a, a * b, b * b], dim=1))
+            squares += [a * a, b * b]
+            dots.append(a * b)
         for name, dim in self.places[self.flat :]:
             a = _rows(x[name], dim, x[name])
             b = _rows(_or_zero(y.get(name), x[name]), dim, x[name])
             step = max(1, self.BLOCK // a.shape[1]) if a.device.type == "cpu" else a.shape[0]
             for part, other in zip(a.split(step), b.split(step), strict=True):
-                squares = [torch.linalg.vector_norm(each, dim=1).square_() for each in (part, other)]
-                parts.append(torch.stack([squares[0], torch.linalg.vecdot(part, other), squares[1]], dim=1))
-        return torch.cat(parts).to(self.device)
+                squares += [torch.linalg.vector_norm(each, dim=1).square_() for each in (part, other)]
+                dots.append(torch.linalg.vecdot(part, other))
+        xx, xy, yy = (torch.cat(parts) for parts in (squares[::2], dots, squares[1::2]))
+        return torch.stack([xx, xy, yy], dim=1).to(self.device)
 
     def views(self, factors: Tensor, parameters: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
         """One factor per row → (name, factors in the shape of that tensor) of each place."""
@@ -256,11 +260,10 @@ class ZeroInvariantGroups:
 class _DHSPG(Picker):
     """At work on one network. Flat tensors run over all structures: of the original model where they are saved."""
 
-    own_time = True
-
     def __init__(self, host: OTOv2) -> None:
         self._host = host
         self._begun: int | None = None  # step of the partition
+        self._removed_at = 0  # step of the last removal
         self._score = torch.zeros(
             0, dtype=torch.float64
         )  # redundancy at the partition, and the norm² that was
@@ -282,11 +285,15 @@ class _DHSPG(Picker):
 
     @torch.no_grad()
     def add_gradients(self, scene: Scene, scale: Tensor | None) -> None:
+        if not scene.wanting():
+            return
         self._refresh(scene)
         self._moments = self._leaving = None
         if self._begun is not None and self._at_once(scene):
             return
         parameters, zig = scene.parameters, self._zig
+        if _is_heavy_ball(scene.optimizer):
+            return
         if not _is_plain(scene.optimizer):
             for name, _ in zig.places:
                 self._before.setdefault(name, torch.empty_like(parameters[name])).copy_(parameters[name])
@@ -320,16 +327,33 @@ class _DHSPG(Picker):
         return picks
 
     def _follow(self, scene: Scene) -> None:
-        """Read g off what the optimizer did, and shrink."""
-        parameters, zig, before = scene.parameters, self._zig, self._before
-        steps: dict[str, Tensor | None] = {name: before[name] - parameters[name] for name, _ in zig.places}
+        """Read g off what the optimizer did, and shrink: x̂ − c·x with x = x̂ + scale·way, the way that x went."""
+        parameters, zig = scene.parameters, self._zig
         rate, _ = self._rates(scene)
-        xx, xm, mm = zig.products(before, steps).unbind(1)
-        self._moments = self._sum(xx, _ratio(xm, rate), _ratio(mm, rate**2), rate, xm)
+        way: dict[str, Tensor | None] = {}
+        if _is_heavy_ball(scene.optimizer):  # it went along its momentum buffer, η long
+            state, scale = scene.optimizer.state, rate
+            for name, _ in zig.places:
+                p = parameters[name]
+                way[name] = state[p].get("momentum_buffer") if p.grad is not None and p in state else None
+        else:
+            scale = torch.ones_like(rate)
+            for name, _ in zig.places:
+                way[name] = self._before[name].sub_(parameters[name])
+        now, along, length = zig.products(parameters, way).unbind(1)
+        along, length = scale * along, scale**2 * length
+        xm = along + length
+        self._moments = self._sum(now + along + xm, _ratio(xm, rate), _ratio(length, rate**2), rate, xm)
         shrink = self._shrink(scene)
-        if shrink is not None:
-            for name, factor in zig.views(-rate * shrink[zig.owner], parameters):
-                parameters[name].addcmul_(before[name], factor)
+        if shrink is None:
+            return
+        cut = rate * shrink[zig.owner]
+        for (name, kept), (_, back) in zip(
+            zig.views(1 - cut, parameters), zig.views(-cut * scale, parameters), strict=True
+        ):
+            parameters[name].mul_(kept)
+            if (m := way[name]) is not None:
+                parameters[name].addcmul_(m, back)
 
     def _shrink(self, scene: Scene) -> Tensor | None:
         """λ_g/‖x‖ of what is to shrink, shape (S + 1,) with 0 at the end; None before the partition.
@@ -368,6 +392,12 @@ class _DHSPG(Picker):
         if isinstance(deadline, float):
             deadline = None if scene.total is None else deadline * (scene.total - self._begun)
         return deadline is not None and scene.step - self._begun >= deadline
+
+    def may_remove(self, scene: Scene) -> bool:
+        if not scene.wanting():
+            return not scene.decaying
+        every = self._host.remove_every
+        return bool(every) and scene.step >= max(self._removed_at, self._begun or 0) + every
 
     # -- the redundant set -----------------------------------------------------------------------------------
 
@@ -437,7 +467,7 @@ class _DHSPG(Picker):
     def state_dict(self) -> dict[str, Any]:
         if self._begun is None:
             return {}
-        names = ("begun", "score", "start", "redundant", "marked", "released")
+        names = ("begun", "removed_at", "score", "start", "redundant", "marked", "released")
         saved = {name: getattr(self, f"_{name}") for name in names}
         return {name: v.clone() if isinstance(v, Tensor) else v for name, v in saved.items()}
 
@@ -454,6 +484,8 @@ class _DHSPG(Picker):
         device = next(iter(scene.parameters.values())).device
         moved = self._structures is not None and self._zig.device != device
         if self._structures is not scene.structures or moved:
+            if self._structures is not None and not moved:
+                self._removed_at = scene.step
             self._structures = scene.structures
             original = scene.graph.structures.groups
             ends = torch.tensor([len(group) for group in original.values()]).cumsum(0).tolist()
@@ -499,6 +531,13 @@ class _DHSPG(Picker):
 def _is_plain(optimizer: Optimizer) -> bool:
     """Whether a step is x − η(g + decay·x) and nothing else."""
     return type(optimizer) is SGD and not any(g["momentum"] or g["maximize"] for g in optimizer.param_groups)
+
+
+def _is_heavy_ball(optimizer: Optimizer) -> bool:
+    """Whether a step is x − η·(momentum buffer) and nothing else."""
+    return type(optimizer) is SGD and all(
+        g["momentum"] and not g["nesterov"] and not g["maximize"] for g in optimizer.param_groups
+    )
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
