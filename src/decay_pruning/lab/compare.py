@@ -150,20 +150,21 @@ def dense_start(recipe: Recipe, data: Data, seed: int, folder: Path, watch: Watc
     """
     model = recipe.model.build(data, seed)
     given = recipe.dense.weights
-    if given is not None:
+    if given is not None and recipe.sparse is None:
         models.load_weights(model, given)
-    if given is None or recipe.sparse is not None:
-        file = folder / f"seed{seed}-{recipe.key_of_start(data, seed)}.safetensors"
-        if file.is_file():
-            logger.info("dense start of seed %d from %s", seed, file)
-            models.load_weights(model, file)
-        else:
-            if given is None:
-                _train(recipe, recipe.dense, model, data, seed, Job("dense", seed, True), watch)
-            if recipe.sparse is not None:
-                _learn_sparsity(recipe, model, data, seed, watch)
-            if _is_main():
-                _save_weights(model, file)
+        return model.to(_device(recipe))
+    file = folder / f"seed{seed}-{recipe.key_of_start(data, seed)}.safetensors"
+    if file.is_file():
+        logger.info("dense start of seed %d from %s", seed, file)
+        models.load_weights(model, file)
+        return model.to(_device(recipe))
+    if recipe.sparse is not None:  # the same dense start as without it, once for both
+        model = dense_start(replace(recipe, sparse=None), data, seed, folder, watch)
+        _learn_sparsity(recipe, model, data, seed, watch)
+    else:
+        _train(recipe, recipe.dense, model, data, seed, Job("dense", seed, True), watch)
+    if _is_main():
+        _save_weights(model, file)
     return model.to(_device(recipe))
 
 
