@@ -14,28 +14,17 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from timing import clock
 from torch import nn
 
 from decay_pruning import OTOv2, Pruner, SmoothPruning, Target
 from decay_pruning.lab import models
 from decay_pruning.lab.results import machine, versions, write
-
-
-def clock(device: torch.device, function: Callable[[], Any]) -> float:
-    """Seconds that a call takes."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def bench(device: torch.device, batch: int, repeats: int) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 import torch_pruning as tp
+from timing import clock
 from torch import nn
 
 from decay_pruning import Custom, Goal, Picks, Pruner, Scene, SelfRectifying, SmoothPruning, Target
@@ -40,17 +40,6 @@ CASES: dict[str, tuple[str, int]] = {
 def tenth(scene: Scene, goal: Goal) -> Picks:
     """Every tenth structure of every layer group."""
     return {name: group.ids[::10].tolist() for name, group in scene.structures.groups.items()}
-
-
-def clock(device: torch.device, function: Callable[[], Any]) -> float:
-    """Seconds that a call takes."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def step(pruner: Pruner) -> None:

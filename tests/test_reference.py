@@ -84,7 +84,8 @@ def slices_of(
     ),
     late=st.tuples(st.sampled_from(["stream", "hidden"]), st.just(HIDDEN - 1)),
     N=st.integers(1, 8),
-    t_rate=st.none() | st.sampled_from([-1.0, 0.0, 0.2]),
+    # no threshold that a mean of +1 and -1 can meet exactly: the C_rate of a lone gate is one of these in each step
+    t_rate=st.none() | st.sampled_from([-0.987, 0.013, 0.213]),
     momentum=st.sampled_from([0.0, 0.9]),
 )
 def test_engine_agrees_with_reference(seed, schedule, bound, slices, picked, late, N, t_rate, momentum):

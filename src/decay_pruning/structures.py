@@ -165,23 +165,24 @@ class StructureSet:
 _SMALL = {"cpu": 2**16, "gpu": 2**24}
 
 
-class _Sums:
-    """Sums of values that share a segment, by padded gather: deterministic on every device, unlike scattering."""
+class Sums:
+    """Sums of values that share a segment, one after the other: deterministic on every device, unlike scattering.
+
+    Args:
+        segment: shape (n,), int64: the segment of each value, or -1 for none.
+        count: how many segments there are.
+        device: where the values are.
+    """
 
     def __init__(self, segment: Tensor, count: int, device: torch.device) -> None:
-        order = torch.argsort(segment, stable=True)
-        sizes = torch.bincount(segment, minlength=count)
-        width = int(sizes.max()) if count else 0
-        first = sizes.cumsum(0) - sizes
-        column = torch.arange(segment.numel()) - first[segment[order]]
-        index = torch.full((count, width), segment.numel(), dtype=torch.int64)
-        index[segment[order], column] = order
-        self._index = index.to(device)
+        ends = torch.bincount(segment + 1, minlength=count + 1).cumsum(0)  # the first ones belong to none
+        self._order = torch.argsort(segment, stable=True)[ends[0] :].to(device)
+        self._offsets = (ends - ends[0]).to(device)
 
     def __call__(self, values: Tensor) -> Tensor:
-        padded = torch.cat([values, values.new_zeros(1)])
-        summed: Tensor = padded[self._index].sum(1)
-        return summed
+        """(n, …) → (count, …)."""
+        ordered = values.index_select(0, self._order)
+        return torch.segment_reduce(ordered, "sum", offsets=self._offsets, axis=0, unsafe=True)
 
 
 @dataclass(frozen=True)
@@ -439,8 +440,8 @@ class SliceBatch:
         position_slice = torch.cat(of_position)
         self._position_slice = (position_slice + self.slices - count).to(self.device)
         self._position_counts = [each.position.numel() for each in large]
-        self._block_sums = _Sums(position_slice, count, self.device)
-        self._slot_sums = _Sums(slice_slot, self.slots, self.device)
+        self._block_sums = Sums(position_slice, count, self.device)
+        self._slot_sums = Sums(slice_slot, self.slots, self.device)
 
     # -- measuring -------------------------------------------------------------------------------------------
 

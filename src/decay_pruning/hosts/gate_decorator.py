@@ -1,7 +1,6 @@
-"""Gate Decorator (You et al., NeurIPS 2019): a gate on every batch-norm channel, ranked by what its loss would change.
+"""Gate Decorator (You et al., NeurIPS 2019): a gate φ on every channel (see `gates`), and those whose loss is least go.
 
-A gated batch-norm computes (x̂ + β')·φ in place of x̂·γ + β, with φ = γ and β' = β/γ: the same function, but now one
-number per channel turns the whole channel off. Training alternates:
+Training alternates:
 
     Tock   everything trains, with λ Σ|φ| in the loss; the learning rate rises to the middle and falls again
     Tick   convolutions rest; every batch adds |φ · ∂L/∂φ| to the scores; at the end the lowest share is picked
@@ -18,7 +17,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
@@ -27,15 +25,13 @@ from torch.optim import Optimizer
 from decay_pruning.errors import BudgetError, ConfigError
 from decay_pruning.graph import Graph
 from decay_pruning.hosts.base import Goal, Phase, Picker, Scene
+from decay_pruning.hosts.gates import Gates, as_gated, fold, gate, with_role
 from decay_pruning.hosts.ranking import choose
-from decay_pruning.structures import Coupling, LayerGroup, Picks, Place, Role, StructureSet
+from decay_pruning.structures import Picks, Role, StructureSet
 
 logger = logging.getLogger("decay_pruning")
 
 DecayIn = Literal["tick", "own"]
-
-#: A batch-norm with |β| > 10 |γ| in a channel keeps its plain form: β/γ would be too large to be trained.
-_LARGEST_SHIFT = 10.0
 
 
 @dataclass(frozen=True)
@@ -113,169 +109,6 @@ class GateDecorator:
         return self.lr_min + (self.lr_max - self.lr_min) * (1 - abs(2 * n / steps - 1))
 
 
-# ------------------------------------------------------------------------------------------- gated batch-norm
-
-
-class _Gated(_BatchNorm):
-    """Batch-norm whose `weight` is the gate φ and whose `bias` is β': (x̂ + β')·φ.
-
-    The parameters are those of the plain batch-norm, with other values: optimizer, graph and surgery need not know.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        self._check_input_dim(x)
-        tracks = self.training and self.track_running_stats
-        momentum = self.momentum
-        if tracks and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if momentum is None:  # a plain mean over all batches
-                momentum = 1.0 / float(self.num_batches_tracked)
-        remembers = tracks or not self.training
-        return F.batch_norm(
-            x,
-            self.running_mean if remembers else None,
-            self.running_var if remembers else None,
-            self.weight,
-            self.bias * self.weight,
-            self.training or self.running_mean is None,
-            momentum or 0.0,
-            self.eps,
-        )
-
-
-class GatedBatchNorm1d(_Gated, nn.BatchNorm1d):
-    """`nn.BatchNorm1d` in gated form."""
-
-
-class GatedBatchNorm2d(_Gated, nn.BatchNorm2d):
-    """`nn.BatchNorm2d` in gated form."""
-
-
-class GatedBatchNorm3d(_Gated, nn.BatchNorm3d):
-    """`nn.BatchNorm3d` in gated form."""
-
-
-_GATED: dict[type, type] = {
-    nn.BatchNorm1d: GatedBatchNorm1d,
-    nn.BatchNorm2d: GatedBatchNorm2d,
-    nn.BatchNorm3d: GatedBatchNorm3d,
-}
-_PLAIN = {gated: plain for plain, gated in _GATED.items()}
-
-
-@torch.no_grad()
-def gate(model: nn.Module) -> list[str]:
-    """Bring every batch-norm of a model into gated form; what the model computes stays the same.
-
-    A batch-norm stays as it is where it has no weights of its own (not affine, frozen, tied, half precision), is
-    of another class (a synchronised or a user's own one), or has a channel with |β| > 10 |γ|.
-
-    Returns:
-        The names of the gated ones.
-    """
-    users: dict[int, int] = {}
-    for module in model.modules():
-        for p in module.parameters(recurse=False):
-            users[id(p)] = users.get(id(p), 0) + 1
-    gated = []
-    for name, module in model.named_modules():
-        if type(module) not in _GATED or module.weight is None or module.bias is None:
-            continue
-        scale, shift = module.weight, module.bias
-        own = all(p.requires_grad and users[id(p)] == 1 for p in (scale, shift))
-        if not own or scale.dtype not in (torch.float32, torch.float64):
-            continue
-        large = int(shift.abs().gt(_LARGEST_SHIFT * scale.abs()).sum())
-        if large:
-            logger.info(
-                "%s gets no gates: in %d channels its bias is over %g times its scale",
-                name,
-                large,
-                _LARGEST_SHIFT,
-            )
-            continue
-        shift.copy_(torch.where(scale == 0, 0.0, shift / scale))
-        module.__class__ = _GATED[type(module)]
-        gated.append(name)
-    return gated
-
-
-@torch.no_grad()
-def fold(model: nn.Module) -> list[str]:
-    """Bring every gated batch-norm back into its plain class; what the model computes stays the same.
-
-    Returns:
-        The names of those that were gated.
-    """
-    folded = []
-    for name, module in model.named_modules():
-        if isinstance(module, _Gated):
-            module.bias.mul_(module.weight)
-            module.__class__ = _PLAIN[type(module)]
-            folded.append(name)
-    return folded
-
-
-# -------------------------------------------------------------------------------------------------- scoring
-
-
-@dataclass(frozen=True)
-class _Gate:
-    """A vector of gates: one per channel of one layer.
-
-    Multiplying a channel by φ = 1 behind a layer is multiplying its weights, so φ·∂L/∂φ = Σ w·∂L/∂w over them. Layers
-    without batch-norm have such virtual gates; in a gated batch-norm the only weight is φ itself.
-
-    Attributes:
-        group: layer group.
-        parts: the weights: (parameter, dimension) of each.
-        coupling: which positions belong to which structure.
-    """
-
-    group: str
-    parts: tuple[Place, ...]
-    coupling: Coupling
-
-
-def _gates(structures: StructureSet, gated: frozenset[str]) -> list[_Gate]:
-    """All gates: of the norms of each layer group, or, where it has none, of the layers that produce it."""
-    return [
-        _Gate(name, _parts(group, coupling, gated), coupling)
-        for name, group in structures.groups.items()
-        for coupling in (_with_role(group, Role.SCALE) or _with_role(group, Role.ROW))
-    ]
-
-
-def _with_role(group: LayerGroup, role: Role) -> list[Coupling]:
-    return [c for c in group.couplings if c.role is role]
-
-
-def _parts(group: LayerGroup, coupling: Coupling, gated: frozenset[str]) -> tuple[Place, ...]:
-    module = coupling.tensor.rpartition(".")[0]
-    if module in gated:
-        return (coupling.place,)
-    partners = [
-        c.place
-        for c in _with_role(group, Role.SHIFT if coupling.role is Role.SCALE else Role.BIAS)
-        if c.tensor.rpartition(".")[0] == module and torch.equal(c.position, coupling.position)
-    ]
-    return coupling.place, *partners
-
-
-@torch.no_grad()
-def _strength(gate: _Gate, parameters: Mapping[str, Tensor], *, of_gradient: bool) -> Tensor:
-    """|φ·∂L/∂φ| of every channel, or Σ w² without gradients; parallel to the coupling's owners."""
-    first, dim = gate.parts[0]
-    wide = torch.promote_types(parameters[first].dtype, torch.float32)
-    total = parameters[first].new_zeros(parameters[first].shape[dim], dtype=wide)
-    for name, dim in gate.parts:
-        weight = parameters[name]
-        other = weight.grad if of_gradient else weight
-        if other is not None:
-            total += (weight.to(wide) * other).movedim(dim, 0).reshape(total.numel(), -1).sum(1)
-    return total.abs()[gate.coupling.position.to(total.device)]
-
-
 # -------------------------------------------------------------------------------------------- Tick and Tock
 
 
@@ -288,11 +121,17 @@ class _TickTock(Picker):
         self._begun = 0  # step at which the phase begins or began
         self._ticks = 0  # Ticks that are over
         self._picked_at = -1
-        #: layer group → sum of |φ·∂L/∂φ| over this Tick (or the last one), by original index
-        self._scores: dict[str, Tensor] = {}
+        #: Σ |φ·∂L/∂φ| over this Tick (or the last one), one per structure of the original model
+        self._scores: Tensor | None = None
         self._gated: list[str] = []
         self._model: nn.Module | None = None
-        self._known: tuple[StructureSet, list[_Gate]] | None = None
+        # worked out anew whenever structures or gates change
+        self._structures: StructureSet | None = None
+        self._widths: dict[str, int] = {}  # of the original model
+        self._gates: Gates
+        self._convolutions: list[nn.Parameter] = []
+        self._norms: list[Tensor] = []  # φ, or γ where there are no gates
+        self._virtual: list[Tensor] = []  # weights behind virtual gates
 
     # -- gates in, gates out -----------------------------------------------------------------------------
 
@@ -308,13 +147,14 @@ class _TickTock(Picker):
     def attach(self, scene: Scene) -> None:
         self._model = scene.model
         self._gated = gate(scene.model)
-        self._known = None
+        self._structures = None
         _forget(scene.model, self._gated, scene.optimizer)
         self._begun = scene.start
 
     def detach(self, scene: Scene) -> None:
         _forget(scene.model, fold(scene.model), scene.optimizer)
         self._gated = []
+        self._structures = None
 
     # -- phases ------------------------------------------------------------------------------------------
 
@@ -353,73 +193,98 @@ class _TickTock(Picker):
     def _enter(self, phase: str, scene: Scene) -> None:
         self._phase, self._begun = phase, scene.step
         if phase == "tick":
-            self._scores = {}
+            self._scores = None
         logger.info("step %d: %s", scene.step, phase)
 
     # -- each step ---------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def add_gradients(self, scene: Scene, scale: Tensor | None) -> None:
         if scene.step < self._begun:
             return
         if self._phase == "tick":
             self._scores = self._scored(scene)
-            for module in scene.model.modules():
-                if isinstance(module, _ConvNd):
-                    for p in module.parameters(recurse=False):
-                        p.grad = None  # every optimizer leaves such a parameter alone
+            for p in self._convolutions:
+                p.grad = None  # every optimizer leaves such a parameter alone
         elif self._phase == "tock" and self._host.strength:
-            for module in scene.model.modules():
-                if (
-                    isinstance(module, _BatchNorm)
-                    and module.weight is not None
-                    and module.weight.grad is not None
-                ):
-                    pull = module.weight.detach().sign() * self._host.strength
-                    module.weight.grad.add_(pull if scale is None else pull * scale.to(pull.dtype))
+            self._sparsify(scene, scale)
+
+    def _sparsify(self, scene: Scene, scale: Tensor | None) -> None:
+        """Add the gradients of λ Σ|φ|.
+
+        A virtual gate is 1, and goes into its weights after every step: what λ takes from it makes them smaller by as
+        large a share, as weight decay would.
+        """
+        self._refresh(scene)
+        norms, virtual = ([p for p in each if p.grad is not None] for each in (self._norms, self._virtual))
+        if not norms and not virtual:
+            return
+        pulls = [*(torch._foreach_sign(norms) if norms else ()), *virtual]
+        gradients = [p.grad for p in (*norms, *virtual) if p.grad is not None]
+        if scale is None:
+            torch._foreach_add_(gradients, pulls, alpha=self._host.strength)
+        else:
+            torch._foreach_add_(gradients, torch._foreach_mul(pulls, scale * self._host.strength))
 
     def moved(self, scene: Scene, goal: Goal) -> Picks:
         if self._phase != "tick" or scene.step + 1 - self._begun < self._host.tick or _busy(scene):
             return {}
-        picks = self._lowest(scene, self._priced(scene, self._scores), goal, share=self._host.share)
+        assert self._scores is not None
+        scores = self._priced(scene, self._by_group(self._scores))
+        picks = self._lowest(scene, scores, goal, share=self._host.share)
         self._picked_at = scene.step
         return picks
 
     def pick(self, scene: Scene, goal: Goal) -> Picks:
         """For the whole goal at once: by the scores so far, or by Σ w² before there are any."""
-        scores = self._scores or self._scored(scene, of_gradient=False)
-        return self._lowest(scene, self._priced(scene, scores), goal, share=None)
+        self._refresh(scene)
+        scores = self._scores
+        if scores is None:
+            scores = self._gates.sums(scene.parameters, scene.parameters)
+        return self._lowest(scene, self._priced(scene, self._by_group(scores)), goal, share=None)
 
     # -- ranking -----------------------------------------------------------------------------------------
 
-    def _all_gates(self, structures: StructureSet) -> list[_Gate]:
-        if self._known is None or self._known[0] is not structures:
-            self._known = structures, _gates(structures, frozenset(self._gated))
-        return self._known[1]
+    def _refresh(self, scene: Scene) -> None:
+        """Keep up with surgery, with gates that come and go, and with a model that moves to another device."""
+        parameters = scene.parameters
+        if self._structures is scene.structures and not self._gates.moved(parameters):
+            return
+        self._structures = scene.structures
+        self._widths = {name: len(group) for name, group in scene.graph.structures.groups.items()}
+        self._gates = Gates(scene.structures, self._widths, self._gated, parameters)
+        norms = [(name, m) for name, m in scene.model.named_modules() if isinstance(m, _BatchNorm)]
+        self._norms = [m.weight for _, m in norms if m.weight is not None]
+        inside = {f"{name}.{own}" for name, _ in norms for own in ("weight", "bias")}
+        self._virtual = [parameters[name] for name in self._gates.names if name not in inside]
+        convolutions = [m for m in scene.model.modules() if isinstance(m, _ConvNd)]
+        self._convolutions = [p for m in convolutions for p in m.parameters(recurse=False)]
 
-    def _scored(self, scene: Scene, *, of_gradient: bool = True) -> dict[str, Tensor]:
-        """The scores with what is there now added: |φ·∂L/∂φ| of this batch, or Σ w²."""
+    def _scored(self, scene: Scene) -> Tensor:
+        """The scores with |φ·∂L/∂φ| of this batch added."""
+        self._refresh(scene)
+        gradients = {name: scene.parameters[name].grad for name in self._gates.names}
+        scores = self._gates.sums(scene.parameters, gradients)
         scale = getattr(scene.optimizer, "grad_scale", None)
-        scores = dict(self._scores)
-        for gate in self._all_gates(scene.structures):
-            strength = _strength(gate, scene.parameters, of_gradient=of_gradient)
-            if of_gradient and scale is not None:
-                strength = strength / scale
-            width = len(scene.graph.structures.groups[gate.group])
-            index = scene.structures.groups[gate.group].ids[gate.coupling.owner].to(strength.device)
-            before = scores.get(gate.group, strength.new_zeros(width))
-            scores[gate.group] = before.to(strength.device).index_add(0, index, strength)
-        return scores
+        if scale is not None:
+            scores = scores / scale
+        return scores if self._scores is None else scores + self._scores.to(scores.device)
+
+    def _by_group(self, scores: Tensor) -> dict[str, Tensor]:
+        """Layer group → one score per structure of the original model."""
+        parts = scores.cpu().split(list(self._widths.values()))
+        return dict(zip(self._widths, parts, strict=True))
 
     def _priced(self, scene: Scene, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Scores of the structures that are there: layer group → one per id, less η times what they cost."""
         found = {
-            name: scores[name].cpu()[group.ids]
+            name: scores[name][group.ids]
             for name, group in scene.structures.groups.items()
-            if name in scores
+            if name in self._gates.joined
         }
         if self._host.eta:
             areas = {
-                name: [scene.costs.uses(c.tensor) for c in _with_role(group, Role.ROW)]
+                name: [scene.costs.uses(c.tensor) for c in with_role(group, Role.ROW)]
                 for name, group in scene.structures.groups.items()
             }
             smallest = min((a for each in areas.values() for a in each if a > 0), default=1.0)
@@ -435,13 +300,12 @@ class _TickTock(Picker):
         As in the original, gates are counted, not structures, and the fewest are picked that are more than the share.
         """
         eligible = scene.eligible()
-        gates: dict[str, int] = {}
-        for gate in self._all_gates(scene.structures):
-            gates[gate.group] = gates.get(gate.group, 0) + 1
+        self._refresh(scene)
+        gates = self._gates.joined
         ranked: list[tuple[float, str, int]] = []
         live = 0
         for name, group in scene.structures.groups.items():
-            if name not in scores:
+            if name not in gates:
                 continue
             live += len(group) * gates[name]
             floor = max(1, int(self._host.min_kept * len(scene.graph.structures.groups[name])))
@@ -476,7 +340,7 @@ class _TickTock(Picker):
             "begun": self._begun,
             "ticks": self._ticks,
             "picked_at": self._picked_at,
-            "scores": {name: score.cpu() for name, score in self._scores.items()},
+            "scores": None if self._scores is None else self._by_group(self._scores),
             "gated": list(self._gated),
         }
 
@@ -485,13 +349,12 @@ class _TickTock(Picker):
         assert self._model is not None, "attach comes first"
         fold(self._model)
         self._gated = list(state["gated"])
-        for name in self._gated:
-            module = self._model.get_submodule(name)
-            module.__class__ = _GATED[type(module)]
+        as_gated(self._model, self._gated)
         self._phase, self._begun = state["phase"], state["begun"]
         self._ticks, self._picked_at = state["ticks"], state["picked_at"]
-        self._scores = dict(state["scores"])
-        self._known = None
+        scores = state["scores"]
+        self._scores = None if scores is None else torch.cat([scores[name] for name in self._widths])
+        self._structures = None
 
 
 def _busy(scene: Scene) -> bool:

@@ -34,7 +34,7 @@ from decay_pruning.errors import BudgetError, ConfigError
 from decay_pruning.graph import Graph
 from decay_pruning.hosts.base import Goal, Picker, Scene
 from decay_pruning.hosts.ranking import choose
-from decay_pruning.structures import Picks, Place, Role, StructureSet
+from decay_pruning.structures import Picks, Place, Role, StructureSet, Sums
 
 DecayFrom = Literal["half-space", "partition"]
 
@@ -195,7 +195,7 @@ class ZeroInvariantGroups:
             for c in group.couplings:
                 if c.role in ZERO_INVARIANT and c.tensor in parameters:
                     size = parameters[c.tensor].shape[c.dim]
-                    owner = owners.setdefault(c.place, torch.full((size,), count))
+                    owner = owners.setdefault(c.place, torch.full((size,), -1))
                     owner[c.position] = c.owner + first
             first += len(group)
         #: those with one element a row first
@@ -206,10 +206,8 @@ class ZeroInvariantGroups:
         double = any(parameters[name].dtype == torch.float64 for name, _ in self.places)
         self.dtype = torch.float64 if double else torch.float32
         owner = torch.cat([owners[place] for place in self.places])
-        ends = torch.bincount(owner, minlength=count + 1)[:count].cumsum(0)
-        self.owner = owner.to(self.device)  #: (rows,): structure of each row, or `count`
-        self._order = torch.argsort(owner, stable=True)[: ends[-1]].to(self.device)
-        self._offsets = torch.cat([ends.new_zeros(1), ends]).to(self.device)
+        self.owner = owner.to(self.device)  #: (rows,): structure of each row, or -1
+        self._sums = Sums(owner, count, self.device)
         sizes = torch.tensor(self.sizes)
         self._place = torch.arange(len(self.sizes)).repeat_interleave(sizes).to(self.device)
         each = [
@@ -223,9 +221,8 @@ class ZeroInvariantGroups:
         return torch.tensor(values, dtype=self.dtype).to(self.device)[self._place]
 
     def sums(self, values: Tensor) -> Tensor:
-        """Sum over the rows of each structure, deterministic on every device: (rows, n) → (S, n)."""
-        ordered = values.to(self.dtype)[self._order]
-        return torch.segment_reduce(ordered, "sum", offsets=self._offsets, axis=0, unsafe=True)
+        """Sum over the rows of each structure: (rows, n) → (S, n)."""
+        return self._sums(values.to(self.dtype))
 
     def products(self, x: Mapping[str, Tensor], y: Mapping[str, Tensor | None]) -> Tensor:
         """⟨x, x⟩, ⟨x, y⟩ and ⟨y, y⟩ of every row, shape (rows, 3), at least float32; an absent y counts as zero."""
