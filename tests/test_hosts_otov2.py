@@ -1,4 +1,4 @@
-"""OTOv2: the partition into zero-invariant groups, DHSPG against plain loops, start points, tolerance."""
+"""OTOv2: DHSPG against plain loops, start points, tolerance, settings."""
 
 from __future__ import annotations
 
@@ -12,73 +12,8 @@ from torch import Tensor, nn
 
 from decay_pruning import ConfigError, OTOv2, Pruner, SelfRectifying, SmoothPruning, Target
 from decay_pruning.hosts.otov2 import ZERO_INVARIANT
-from decay_pruning.lab import models
-from decay_pruning.structures import Role
 
-from .nets import Net
 from .registry import ARMS, Run, batches, build_model, example, start
-
-# -- the partition ---------------------------------------------------------------------------------------------
-
-#: Layer groups and structures that only-train-once 2.0.16 finds.
-PUBLISHED: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
-    "vgg16-bn": (lambda: models.build("vgg16-bn"), 15, 5_248),
-    "resnet18": (
-        lambda: models.ResNet(models.BasicBlock, (2, 2, 2, 2), (64, 128, 256, 512), classes=10), 12, 2_880
-    ),
-    "resnet50": (lambda: models.build("resnet50", classes=10, stem="cifar"), 37, 11_456),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", list(PUBLISHED))
-def test_published_counts(name):
-    make, groups, structures = PUBLISHED[name]
-    found = OTOv2().graph(make(), torch.zeros(1, 3, 32, 32)).structures
-    assert (len(found.groups), len(found)) == (groups, structures)
-    assert list(found.unprunable.values()) == ["feeds the model's output"]
-
-
-def producers(model: nn.Module, x: Any, **options: Any) -> dict[str, set[str]]:
-    """Layer group → its parameters on the producer side."""
-    groups = OTOv2(**options).graph(model, x).structures.groups
-    return {
-        name: {c.tensor for c in group.couplings if c.role in ZERO_INVARIANT}
-        for name, group in groups.items()
-    }
-
-
-def test_zero_invariant_groups_of_an_addition():
-    """Joined over the addition, with rows, bias and norm, and without the columns that read them."""
-    assert producers(build_model("residual"), example()) == {
-        "conv1": {"conv1.weight", "bn1.weight", "bn1.bias", "conv3.weight", "bn3.weight", "bn3.bias"},
-        "conv2": {"conv2.weight", "bn2.weight", "bn2.bias"},
-    }
-
-
-def test_zero_invariant_groups_of_a_concatenation_before_a_norm():
-    """Each branch keeps its own group, with its part of the norm."""
-
-    def run(m: Any, x: Tensor) -> Tensor:
-        return m.out(m.norm(torch.cat([m.a(x), m.b(x)], 1)).relu().mean((2, 3)))
-
-    model = Net(
-        run, a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(3, 6, 1), norm=nn.BatchNorm2d(10), out=nn.Linear(10, 2)
-    )
-    x = torch.randn(1, 3, 4, 4)
-    norm = {"norm.weight", "norm.bias"}
-    assert producers(model, x) == {"a": {"a.weight", "a.bias"} | norm, "b": {"b.weight", "b.bias"} | norm}
-    groups = OTOv2().graph(model, x).structures.groups
-    [scale] = [c for c in groups["b"].couplings if c.role is Role.SCALE]
-    assert scale.position.tolist() == [4, 5, 6, 7, 8, 9]
-
-
-def test_zero_invariant_groups_of_a_depthwise_convolution():
-    model = nn.Sequential(
-        nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=6), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(24, 2)
-    )  # fmt: skip
-    expected = {"0.weight", "0.bias", "2.weight", "2.bias", "3.weight", "3.bias"}
-    assert producers(model, torch.randn(1, 3, 4, 4)) == {"0": expected}
-
 
 # -- DHSPG against plain loops ---------------------------------------------------------------------------------
 

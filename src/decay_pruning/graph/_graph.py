@@ -249,18 +249,19 @@ class Graph:
         label = np.arange(start[-1], dtype=np.int64)
         if key:
             label = _components(label, np.concatenate(key), np.concatenate(position))
+        channels = label  # heads are counted in these: queries, keys and values may each be named
         for name, count in heads.items():
-            label = self._tie_heads(label, start, name, count)
+            label = self._tie_heads(label, channels, start, name, count)
         return label, sizes
 
-    def _tie_heads(self, label: Indices, start: Indices, name: str, count: int) -> Indices:
-        """Join the same offset of every head of one layer."""
+    def _tie_heads(self, label: Indices, channels: Indices, start: Indices, name: str, count: int) -> Indices:
+        """Join the same offset of every head of one layer, whose channels are those before any heads were joined."""
         for first, group in zip(start, self._traced, strict=False):
             for item in group.items:
                 if self._modules.get(item.node.module) != name or not item.outward:
                     continue
                 key = item.root[np.argsort(item.index, kind="stable")] + first
-                found, rank = np.unique(label[key], return_inverse=True)
+                found, rank = np.unique(channels[key], return_inverse=True)
                 if count < 1 or found.size % count:
                     raise ConfigError(
                         f"heads[{name!r}] = {count} does not divide its {found.size} structures"
