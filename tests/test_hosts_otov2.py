@@ -81,7 +81,7 @@ class PlainDHSPG:
         for key in self.all:
             x, g = self.vector(old, key), self.vector(direction, key)
             cosine[key] = float((-x) @ (-g) / (x.norm() * g.norm())) if g.norm() > 0 else 0.0
-            inverse[key] = float(len(x) ** 0.5 / x.norm())
+            inverse[key] = float(len(x) / x.norm())
         of_cosine = sum(v * v for v in cosine.values()) ** 0.5
         of_inverse = sum(v * v for v in inverse.values()) ** 0.5
         self.scores = {k: 0.5 * cosine[k] / of_cosine + 0.5 * inverse[k] / of_inverse for k in self.all}

@@ -150,13 +150,13 @@ class Moments:
     reach: Tensor
 
     def redundancy(self, numbers: Tensor) -> Tensor:
-        """Half the cosine of −x and −g, half the inverse average magnitude, each over its L2 norm in the network.
+        """Half the cosine of −x and −g, half the inverse of ‖x‖/n, each over its L2 norm in the network.
 
         Args:
             numbers: parameters of each structure, shape (S,).
         """
         cosine = _ratio(self.xg, (self.xx * self.gg).sqrt())
-        magnitude = (self.xx / numbers).sqrt()
+        magnitude = self.xx.sqrt() / numbers
         inverse = 1 / magnitude.clamp_min(1e-12)
         score: Tensor = 0.5 * (_ratio(cosine, cosine.norm()) + inverse / inverse.norm())
         return score

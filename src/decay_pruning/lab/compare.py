@@ -383,22 +383,26 @@ def _result(file: Path, recipe: Recipe, data: Data, command: str) -> Result:
     if not file.is_file():
         return new
     old = results.load(file)
+    rectified = any(run.arm == "sr" for run in old.runs)
     changed = results.differences(
-        {**_decisive(old.recipe), "images": old.data}, {**_decisive(new.recipe), "images": facts}
+        {**_decisive(old.recipe, rectified), "images": old.data},
+        {**_decisive(new.recipe, rectified), "images": facts},
     )
     if changed:
         raise ConfigError(
             f"{file} holds results of another recipe ({'; '.join(changed[:3])}): "
             "choose another --out, or move it away"
         )
-    return old
+    return replace(old, recipe=new.recipe)
 
 
-def _decisive(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe without what does not change a figure."""
+def _decisive(recipe: Mapping[str, Any], rectified: bool) -> dict[str, Any]:
+    """A recipe without what does not change a figure; how it rectifies does only where there are such runs."""
     values = {k: v for k, v in recipe.items() if k not in ("name", "title")}
     values["data"] = {k: v for k, v in values["data"].items() if k not in ("root", "workers")}
     values["report"] = {k: v for k, v in values["report"].items() if k != "save_models"}
+    if not rectified:
+        values["prune"] = {k: v for k, v in values["prune"].items() if k != "rectify"}
     return values
 
 
