@@ -184,8 +184,8 @@ class ZeroInvariantGroups:
         parameters: by name.
     """
 
-    #: Elements that are read at a time on a CPU, so that both tensors stay in its cache (measured: 0.75 of the time).
-    BLOCK = 2**17
+    #: Elements that are read at a time on a CPU: few calls, and products that stay in its cache (measured).
+    BLOCK = 2**19
 
     def __init__(self, structures: StructureSet, parameters: Mapping[str, Tensor]) -> None:
         count = len(structures)
@@ -226,23 +226,23 @@ class ZeroInvariantGroups:
 
     def products(self, x: Mapping[str, Tensor], y: Mapping[str, Tensor | None]) -> Tensor:
         """⟨x, x⟩, ⟨x, y⟩ and ⟨y, y⟩ of every row, shape (rows, 3), at least float32; an absent y counts as zero."""
-        squares: list[Tensor] = []  # ⟨x, x⟩ and ⟨y, y⟩ in turns
+        norms: list[Tensor] = []  # of x and y in turns
         dots: list[Tensor] = []
         names = [name for name, _ in self.places]
         if self.flat:
             a = torch.cat([_wide(x[name]) for name in names[: self.flat]])
             b = torch.cat([_wide(_or_zero(y.get(name), x[name])) for name in names[: self.flat]])
-            squares += [a * a, b * b]
+            norms += [a.abs(), b.abs()]
             dots.append(a * b)
         for name, dim in self.places[self.flat :]:
             a = _rows(x[name], dim, x[name])
             b = _rows(_or_zero(y.get(name), x[name]), dim, x[name])
             step = max(1, self.BLOCK // a.shape[1]) if a.device.type == "cpu" else a.shape[0]
             for part, other in zip(a.split(step), b.split(step), strict=True):
-                squares += [torch.linalg.vector_norm(each, dim=1).square_() for each in (part, other)]
+                norms += [torch.linalg.vector_norm(each, dim=1) for each in (part, other)]
                 dots.append(torch.linalg.vecdot(part, other))
-        xx, xy, yy = (torch.cat(parts) for parts in (squares[::2], dots, squares[1::2]))
-        return torch.stack([xx, xy, yy], dim=1).to(self.device)
+        x_norm, xy, y_norm = (torch.cat(parts) for parts in (norms[::2], dots, norms[1::2]))
+        return torch.stack([x_norm.square_(), xy, y_norm.square_()], dim=1).to(self.device)
 
     def views(self, factors: Tensor, parameters: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
         """One factor per row → (name, factors in the shape of that tensor) of each place."""
