@@ -133,14 +133,15 @@ class Compare:
     recipe: Positional[Path]
     """A TOML file, see recipes/."""
     arms: str = "dense,single,sp,sr"
-    """Of dense, single (the host's own one-step pruning), sp (Smooth Pruning), sr (SP + Self-Rectifying)."""
+    """Of dense, single (the host's own one-step pruning), sp (Smooth Pruning), sr (SP + Self-Rectifying), and, beside
+    DepGraph, torch-pruning's own tp-one-shot, tp-iterative, tp-growing-reg."""
     seeds: str = "3"
     """How many (5 means 0 to 4), or which (7,8,9)."""
     assignments: Assignments = ()
     out: Path | None = None
     """Folder for result and report; runs/<recipe> if not given."""
     save_models: bool = False
-    """Keep the pruned model of every run."""
+    """Keep the pruned model of every run, but for those of torch-pruning's arms."""
 
     def main(self, console: Console) -> None:
         from decay_pruning.lab import compare, results

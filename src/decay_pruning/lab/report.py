@@ -14,12 +14,12 @@ from typing import Any
 
 from decay_pruning.errors import ConfigError
 from decay_pruning.lab.plot import FONT, Frame, Point, number, style, svg, text, ticks
-from decay_pruning.lab.results import TITLES, Result, Run, Summary, summarise
+from decay_pruning.lab.results import ARMS, TITLES, Result, Run, Summary, summarise
 from decay_pruning.lab.stats import Difference, Spread
 
 #: Size of one panel of the main figure, in pixels.
 _WIDTH, _HEIGHT = 340, 424
-_PRUNED = ("single", "sp", "sr")
+_PRUNED = ARMS[1:]
 
 
 def render(result: Result) -> str:
