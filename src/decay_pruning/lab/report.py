@@ -15,7 +15,7 @@ from typing import Any
 from decay_pruning.errors import ConfigError
 from decay_pruning.lab.plot import FONT, Frame, Point, number, style, svg, text, ticks
 from decay_pruning.lab.results import ARMS, TITLES, Result, Run, Summary, summarise
-from decay_pruning.lab.stats import Difference, Spread
+from decay_pruning.lab.stats import Difference, Spread, signed
 
 #: Size of one panel of the main figure, in pixels.
 _WIDTH, _HEIGHT = 340, 424
@@ -255,15 +255,11 @@ def _spread(s: Spread, digits: int) -> str:
 def _difference(d: Difference | None) -> str:
     if d is None:
         return "—"
-    mean = _signed(d.mean)
+    mean = signed(d.mean)
     if d.low is None or d.high is None:
         return mean
-    interval = f"[{_signed(d.low)}, {_signed(d.high)}]"
+    interval = f"[{signed(d.low)}, {signed(d.high)}]"
     return f"{f'<b>{mean}</b>' if d.clear else mean} <span class=note>{interval}</span>"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")
 
 
 def _fading(result: Result) -> str:
