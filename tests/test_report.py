@@ -11,7 +11,7 @@ import pytest
 
 from decay_pruning.errors import ConfigError
 from decay_pruning.lab import plot, report
-from decay_pruning.lab.results import Line, Result, Run
+from decay_pruning.lab.results import ARMS, Line, Result, Run
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 #: End tags that HTML lets one leave out.
@@ -203,6 +203,42 @@ def test_the_figure_stands_alone() -> None:
     ):
         assert heading in figure
     assert "61.2 % just after removal, 96.00 % at the end" in figure
+
+
+def labels(drawing: str) -> list[tuple[str, float, float, float]]:
+    """Every text of a chart: words, left, right, and baseline, at 6.7 pixels a letter of 12 pixels."""
+    found = []
+    for node in ET.fromstring(drawing).iter("text"):
+        kinds = (node.get("class") or "").split()
+        letter = 9.0 if "head" in kinds else 7.2 if "sub" in kinds else 6.7
+        wide, x = letter * len(node.text or ""), float(node.get("x") or 0)
+        left = x - wide / 2 if "mid" in kinds else x - wide if "end" in kinds else x
+        found.append((node.text or "", left, left + wide, float(node.get("y") or 0)))
+    return found
+
+
+@pytest.mark.parametrize("chart", [report._seeds, report._macs])
+@pytest.mark.parametrize("arms", [ARMS[:4], ARMS])
+def test_labels_of_all_arms_stay_apart(chart: Any, arms: tuple[str, ...]) -> None:
+    drawing = chart(result_of(*(run_of(arm, seed, 95.0 + seed) for arm in arms for seed in (0, 1))))
+    found = labels(drawing)
+    assert {arm for arm in arms if arm != "dense"} <= {words for words, *_ in found}
+    height = float((ET.fromstring(drawing).get("viewBox") or "").split()[3])
+    assert all(left >= 0 and right <= 400 and y <= height for _, left, right, y in found)
+    for i, (a, left_a, right_a, y_a) in enumerate(found):
+        for b, left_b, right_b, y_b in found[i + 1 :]:
+            apart = right_a < left_b or right_b < left_a or abs(y_a - y_b) >= 12
+            assert apart, f"{a!r} and {b!r} overlap"
+
+
+def test_panels_of_many_arms_stand_in_rows() -> None:
+    few, many = (
+        ET.fromstring(report.figure(result_of(*(run_of(arm, 0, 95.0) for arm in arms))))
+        for arms in (ARMS[:4], ARMS)
+    )
+    assert few.get("width") == many.get("width")
+    assert float(many.get("height") or 0) > 1.8 * float(few.get("height") or 0)
+    assert len({g.get("transform") for g in many.iter("{http://www.w3.org/2000/svg}g")}) == len(ARMS) - 1
 
 
 @pytest.mark.parametrize(

@@ -133,14 +133,15 @@ class Compare:
     recipe: Positional[Path]
     """A TOML file, see recipes/."""
     arms: str = "dense,single,sp,sr"
-    """Of dense, single (the host's own one-step pruning), sp (Smooth Pruning), sr (SP + Self-Rectifying)."""
+    """Of dense, single (the host's own one-step pruning), sp (Smooth Pruning), sr (SP + Self-Rectifying), and, beside
+    DepGraph, torch-pruning's own tp-one-shot, tp-iterative, tp-growing-reg."""
     seeds: str = "3"
     """How many (5 means 0 to 4), or which (7,8,9)."""
     assignments: Assignments = ()
     out: Path | None = None
     """Folder for result and report; runs/<recipe> if not given."""
     save_models: bool = False
-    """Keep the pruned model of every run."""
+    """Keep the pruned model of every run, but for those of torch-pruning's arms."""
 
     def main(self, console: Console) -> None:
         from decay_pruning.lab import compare, results
@@ -260,14 +261,10 @@ def _table(result: Result) -> Table:
     for head in ("Top-1 %", "vs single [95 %]", "After\ncut", "MACs\n%", "Params\n%", "ms", "Let\ngo"):
         table.add_column(head, justify="right", no_wrap=True)
     for s in summarise(result):
-        d = s.difference
-        against = "" if d is None else f"{d.mean:+.2f}"
-        if d is not None and d.low is not None:
-            against += f" [{d.low:+.2f}, {d.high:+.2f}]"
         table.add_row(
             s.arm,
-            f"{s.accuracy.mean:.2f}" + (f" ± {s.accuracy.sd:.2f}" if s.accuracy.sd is not None else ""),
-            against,
+            s.accuracy.show(),
+            "" if s.difference is None else s.difference.show(),
             "" if s.removed is None else f"{s.removed.mean:.1f}",
             f"{s.macs.mean:.1f}",
             f"{s.params.mean:.1f}",

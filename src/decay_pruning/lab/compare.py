@@ -7,7 +7,7 @@
 | sp | Smooth Pruning: N steps, never releases |
 | sr | Smooth Pruning with Self-Rectifying |
 
-Arms differ by two settings, `smooth` and `rectify`, and by nothing else.
+These arms differ by two settings, `smooth` and `rectify`, and by nothing else. `lab.peers` has further ones.
 """
 
 from __future__ import annotations
@@ -36,9 +36,19 @@ from decay_pruning.errors import ConfigError, DecayPruningError, ManifestError
 from decay_pruning.hosts import DepGraph
 from decay_pruning.lab import models, results, settings
 from decay_pruning.lab.data import Data
+from decay_pruning.lab.peers import PEERS, TorchPruning, checked
 from decay_pruning.lab.recipe import Prune, Recipe
 from decay_pruning.lab.results import ARMS, Line, Result, Run
-from decay_pruning.lab.trainer import NORMS, History, Step, TrainSettings, evaluate, train
+from decay_pruning.lab.trainer import (
+    NORMS,
+    History,
+    PrunerFactory,
+    PrunerLike,
+    Step,
+    TrainSettings,
+    evaluate,
+    train,
+)
 from decay_pruning.pruner import Progress, Pruner
 from decay_pruning.rectify import SelfRectifying
 
@@ -98,7 +108,7 @@ def compare(
 
     Args:
         recipe: what to do.
-        arms: of "dense", "single", "sp", "sr".
+        arms: of `results.ARMS`.
         seeds: each gives one dense start, and one run of each arm from it.
         out: folder for the result file (written after each run), dense starts, and models if the recipe keeps
             them.
@@ -113,7 +123,10 @@ def compare(
     if not arms or not seeds:
         raise ConfigError("a comparison needs at least one arm and one seed")
     for arm in arms:
-        settings_of(arm, recipe.prune)
+        if arm in PEERS:
+            checked(recipe.prune.host)
+        else:
+            settings_of(arm, recipe.prune)
     out = Path(out)
     file = out / results.FILE
     data = recipe.data.load()
@@ -187,31 +200,16 @@ def run_arm(
     Raises:
         GraphError, SurgeryError, BudgetError: see `Pruner`.
     """
-    prune, chosen = recipe.prune, settings_of(arm, recipe.prune)
     model = copy.deepcopy(start)
     recorder = _Recorder()
-
-    def attach(model: nn.Module, example: Tensor, optimizer: Optimizer, total: int) -> Pruner:
-        assert chosen is not None
-        return Pruner(
-            model,
-            example[:1],
-            optimizer,
-            prune.target,
-            host=prune.host,
-            smooth=chosen[0],
-            rectify=chosen[1],
-            total_steps=total,
-            start=round(prune.start * total / prune.epochs),
-            on_event=recorder,
-        )
-
     accuracy_start = evaluate(start, data)
     job = Job(arm, seed)
-    history = _train(recipe, prune, model, data, seed, job, watch, attach if chosen else None)
+    history = _train(
+        recipe, recipe.prune, model, data, seed, job, watch, _pruner_of(arm, recipe.prune, recorder)
+    )
     one = torch.zeros(1, *data.shape, device=_device(recipe))
     before, after = measure(start, one), measure(model, one)
-    if save_to is not None and _is_main():
+    if save_to is not None and _is_main() and arm not in PEERS:  # a manifest needs our own surgery
         save_to.parent.mkdir(parents=True, exist_ok=True)
         manifest.save(model, save_to)
     batch = one.new_zeros(recipe.report.latency_batch, *data.shape)
@@ -231,6 +229,28 @@ def run_arm(
         lines=recorder.lines(history.rows),
         report=history.report.to_dict() if history.report is not None else None,
     )
+
+
+def _pruner_of(arm: str, prune: Prune, on_event: Callable[[Event], None]) -> PrunerFactory | None:
+    """What makes an arm's pruner; None for `dense`."""
+    if arm == "dense":
+        return None
+
+    def attach(model: nn.Module, example: Tensor, optimizer: Optimizer, total: int) -> PrunerLike:
+        shared: dict[str, Any] = {
+            "host": prune.host,
+            "total_steps": total,
+            "start": round(prune.start * total / prune.epochs),
+            "on_event": on_event,
+        }
+        if arm in PEERS:
+            return TorchPruning(PEERS[arm], model, example[:1], optimizer, prune.target, **shared)
+        chosen = settings_of(arm, prune)
+        assert chosen is not None
+        smooth, rectify = chosen
+        return Pruner(model, example[:1], optimizer, prune.target, smooth=smooth, rectify=rectify, **shared)
+
+    return attach
 
 
 def _latencies(before: nn.Module, after: nn.Module, batch: Tensor, rounds: int = 5) -> tuple[float, float]:

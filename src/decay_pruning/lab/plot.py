@@ -22,6 +22,9 @@ _LIGHT = {
     "single": "#c2410c",
     "sp": "#1d5fd1",
     "sr": "#0b7a55",
+    "tp-one-shot": "#7a6400",
+    "tp-iterative": "#6d3fc0",
+    "tp-growing-reg": "#0b7285",
     "released": "#b3206f",
 }
 _DARK = {
@@ -34,6 +37,9 @@ _DARK = {
     "single": "#fb9a5a",
     "sp": "#74b0ff",
     "sr": "#43d3a0",
+    "tp-one-shot": "#d8c25a",
+    "tp-iterative": "#b79bff",
+    "tp-growing-reg": "#5fd0e0",
     "released": "#f783bd",
 }
 

@@ -157,7 +157,7 @@ class ReportSettings:
     Attributes:
         eval_every: epochs from one test to the next.
         latency_batch: images in the batch whose forward pass is timed.
-        save_models: keep the pruned model of every run.
+        save_models: keep the pruned model of every run (not of those in `lab.peers`).
     """
 
     eval_every: float = 1.0

@@ -14,12 +14,14 @@ from typing import Any
 
 from decay_pruning.errors import ConfigError
 from decay_pruning.lab.plot import FONT, Frame, Point, number, style, svg, text, ticks
-from decay_pruning.lab.results import TITLES, Result, Run, Summary, summarise
-from decay_pruning.lab.stats import Difference, Spread
+from decay_pruning.lab.results import ARMS, TITLES, Result, Run, Summary, summarise
+from decay_pruning.lab.stats import Difference, Spread, signed
 
 #: Size of one panel of the main figure, in pixels.
 _WIDTH, _HEIGHT = 340, 424
-_PRUNED = ("single", "sp", "sr")
+#: Panels side by side.
+_COLUMNS = 3
+_PRUNED = ARMS[1:]
 
 
 def render(result: Result) -> str:
@@ -56,8 +58,10 @@ def figure(result: Result) -> str:
     arms = [arm for arm in _PRUNED if arm in result.arms]
     if not arms:
         raise ConfigError("the figure shows pruned arms; this result has none")
-    pad, top = 24, 82
-    width, height = 2 * pad + len(arms) * _WIDTH + (len(arms) - 1) * 20, top + _HEIGHT + 14
+    pad, top, gap = 24, 82, 20
+    columns, rows = min(len(arms), _COLUMNS), -(-len(arms) // _COLUMNS)
+    width = 2 * pad + columns * (_WIDTH + gap) - gap
+    height = top + rows * (_HEIGHT + gap) - gap + 14
     body = [
         f"<style>{style('svg')}</style>",
         f'<rect width="{width}" height="{height}" rx="10" style="fill:var(--bg)"/>',
@@ -65,8 +69,8 @@ def figure(result: Result) -> str:
         text(pad, 56, _subtitle(result), "sub"),
     ]
     for i, arm in enumerate(arms):
-        x = pad + i * (_WIDTH + 20)
-        body.append(f'<g transform="translate({x} {top})">{_panel(result, arm)}</g>')
+        x, y = pad + i % _COLUMNS * (_WIDTH + gap), top + i // _COLUMNS * (_HEIGHT + gap)
+        body.append(f'<g transform="translate({x} {y})">{_panel(result, arm)}</g>')
     size = f'xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}"'
     return svg(width, height, "".join(body), _spoken(result), attributes=size) + "\n"
 
@@ -238,12 +242,9 @@ def _table_row(s: Summary) -> str:
         f"{s.latency.mean:.3g}{faster}",
         f"{s.released:.3g} <span class=note>of {s.picked:.3g}</span>" if s.picked else "—",
     ]
-    head = f'<th scope=row><span class=key style="--c:var(--{escape(s.arm)})"></span>{_arm(s.arm)}'
+    key, arm = f'<span class=key style="--c:var(--{escape(s.arm)})"></span>', escape(TITLES.get(s.arm, s.arm))
+    head = f"<th scope=row><span>{key}{arm}</span> <code>{escape(s.arm)}</code>"
     return f"<tr>{head}" + "".join(f"<td>{cell}" for cell in cells) + "</tr>"
-
-
-def _arm(arm: str) -> str:
-    return f"{escape(TITLES.get(arm, arm))} <code>{escape(arm)}</code>"
 
 
 def _spread(s: Spread, digits: int) -> str:
@@ -254,15 +255,11 @@ def _spread(s: Spread, digits: int) -> str:
 def _difference(d: Difference | None) -> str:
     if d is None:
         return "—"
-    mean = _signed(d.mean)
+    mean = signed(d.mean)
     if d.low is None or d.high is None:
         return mean
-    interval = f"[{_signed(d.low)}, {_signed(d.high)}]"
+    interval = f"[{signed(d.low)}, {signed(d.high)}]"
     return f"{f'<b>{mean}</b>' if d.clear else mean} <span class=note>{interval}</span>"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")
 
 
 def _fading(result: Result) -> str:
@@ -298,7 +295,8 @@ def _seeds(result: Result) -> str:
     arms = result.arms
     values = [run.accuracy for run in result.runs]
     y_ticks = ticks(min(values), max(values), 4)
-    frame = Frame(48, 62, 340, 180, (-0.35, len(arms) - 0.65), (y_ticks[0], y_ticks[-1]))
+    many = len(arms) > 4  # then their names stand on two lines, by turns
+    frame = Frame(48, 62, 320 if many else 340, 180, (-0.35, len(arms) - 0.65), (y_ticks[0], y_ticks[-1]))
     parts = [
         text(0, 18, "Every seed", "head big"),
         frame.axes("test accuracy at the end, %", y_ticks=y_ticks),
@@ -309,8 +307,13 @@ def _seeds(result: Result) -> str:
         parts += [frame.dot(point, arms[int(point[0])]) for point in runs]
     for i, arm in enumerate(arms):
         x, _ = frame.at((i, y_ticks[0]))
-        parts.append(text(x, 262, arm, "mid", arm))
-    return svg(400, 280, "".join(parts), "Test accuracy at the end, each seed joined across the arms")
+        parts.append(text(x, 278 if many and i % 2 else 262, arm, "mid", arm))
+    return svg(
+        400,
+        296 if many else 280,
+        "".join(parts),
+        "Test accuracy at the end, each seed joined across the arms",
+    )
 
 
 def _macs(result: Result) -> str:
@@ -332,10 +335,11 @@ def _macs(result: Result) -> str:
                 if share != points[-1][1]:
                     points += [(float(row["step"]), points[-1][1]), (float(row["step"]), share)]
         points.append((float(run.steps), points[-1][1]))
-        parts.append(frame.line(points, "line" if i == 0 else "line dash" if i == 1 else "thin line", arm))
-        parts.append(text(388 - 44 * (len(pruned) - 1 - i), 52, arm, "end", arm))
+        parts.append(frame.line(points, ("line", "line dash", "thin line")[i % 3], arm))
+        parts.append(text(48 + 120 * (i % 3), 300 + 18 * (i // 3), arm, "", arm))
     parts.append(text(218, 276, "optimizer steps from the dense start", "mid"))
-    return svg(400, 280, "".join(parts), "MACs left of the dense model, over optimizer steps")
+    height = 292 + 18 * -(-len(pruned) // 3)
+    return svg(400, height, "".join(parts), "MACs left of the dense model, over optimizer steps")
 
 
 def _layers(result: Result) -> str:
@@ -365,11 +369,12 @@ def _layers(result: Result) -> str:
     heads += "".join(
         f"<th scope=col style='color:var(--released)'>released by {escape(arm)}" for arm in with_releases
     )
+    many = " many" if len(arms) > 3 else ""
     none = "" if with_releases else " No structure was released."
     return (
         "<section><h2>Layer by layer</h2>"
         "<div class=scroll tabindex=0 role=region aria-label='Table of layers'>"
-        f"<table class=layers><thead><tr><th scope=col>Layer group<th scope=col>Before{heads}</tr></thead>"
+        f"<table class='layers{many}'><thead><tr><th scope=col>Layer group<th scope=col>Before{heads}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>"
         "<p class=note>Structures per layer group before and after, mean over seeds; the pale bar is the "
         f"dense width.{none}</p></section>\n"
@@ -476,7 +481,8 @@ table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:.5rem .7rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--grid)}
 thead th{font-size:.82rem;font-weight:550;color:var(--muted);white-space:normal;
 vertical-align:bottom;line-height:1.3}
-tbody th{font-weight:550;text-align:left}
+tbody th{font-weight:550;text-align:left;white-space:normal}
+tbody th *{white-space:nowrap}
 th:first-child{text-align:left;padding-left:0}
 .key{display:inline-block;width:.75em;height:.75em;border-radius:50%;background:var(--c,var(--muted));margin-right:.55em}
 code,pre{font:.85em/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
@@ -486,6 +492,7 @@ th code{color:var(--muted);font-weight:400}
 .layers td span{display:inline-block;min-width:2.6em}
 .layers tbody th code{color:var(--text)}
 .bar{display:inline-block;width:clamp(70px,10vw,130px);height:9px;vertical-align:middle;margin-right:.3rem}
+.many .bar{width:44px}
 dl{display:grid;grid-template-columns:auto 1fr;gap:.25rem 1.2rem;margin:0 0 1rem;font-size:.92rem}
 dt{color:var(--muted)}
 dd{margin:0;overflow-wrap:anywhere}

@@ -31,13 +31,16 @@ FORMAT = 1
 #: Name of the result file in an output folder.
 FILE = "result.json"
 #: Arms in the order of tables; see DESIGN: one column of a comparison.
-ARMS = ("dense", "single", "sp", "sr")
+ARMS = ("dense", "single", "sp", "sr", "tp-one-shot", "tp-iterative", "tp-growing-reg")
 #: What the arms are called where there is room.
 TITLES = {
     "dense": "Not pruned",
     "single": "One step",
     "sp": "Smooth Pruning",
     "sr": "SP + Self-Rectifying",
+    "tp-one-shot": "torch-pruning, once",
+    "tp-iterative": "torch-pruning, iterative",
+    "tp-growing-reg": "torch-pruning, growing reg.",
 }
 
 

@@ -19,6 +19,14 @@ class Spread:
     sd: float | None
     n: int
 
+    def show(self, digits: int = 2) -> str:
+        """Mean ± standard deviation.
+
+        >>> Spread(98.331, 0.54, 10).show()
+        '98.33 ± 0.54'
+        """
+        return f"{self.mean:.{digits}f}" + (f" ± {self.sd:.{digits}f}" if self.sd is not None else "")
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -41,6 +49,21 @@ class Difference:
     def clear(self) -> bool:
         """Whether the interval leaves zero out."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+    def show(self) -> str:
+        """Mean and interval.
+
+        >>> Difference(-0.33, -0.74, 0.07, 10, 0.95).show()
+        '−0.33 [−0.74, +0.07]'
+        """
+        if self.low is None or self.high is None:
+            return signed(self.mean)
+        return f"{signed(self.mean)} [{signed(self.low)}, {signed(self.high)}]"
+
+
+def signed(value: float) -> str:
+    """Two digits with their sign."""
+    return f"{value:+.2f}".replace("-", "−")
 
 
 def spread(values: Sequence[float]) -> Spread:

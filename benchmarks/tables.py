@@ -1,0 +1,283 @@
+"""Write docs/results.md and the README's table from the files in results/, or check that they are up to date.
+
+    python benchmarks/tables.py
+    python benchmarks/tables.py --check      # writes nothing; exit code 1 where a page is stale
+
+No number on these pages is written by hand. A new file in results/ appears by itself; the README shows the comparisons
+called final-*.json, and digits.json as long as there are none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from decay_pruning.errors import ConfigError
+from decay_pruning.lab import recipe as recipes
+from decay_pruning.lab import results
+from decay_pruning.lab.results import Result, Summary, summarise
+from decay_pruning.lab.stats import Difference, paired, spread
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- table: python benchmarks/tables.py -->", "<!-- end of table -->"
+
+HEAD = """# Results
+
+Written by `python benchmarks/tables.py` from the files in `results/`, not by hand. What the files do not say by
+themselves: [results/README.md](../results/README.md).
+
+- Accuracy is top-1 in percent, that of the last step, never of the best: mean ± standard deviation over seeds.
+- *Against `single`* is the mean of the differences within each seed, with its 95 % t interval. Where that holds 0, the
+  two are **not distinguishable** on these runs, whatever the means say.
+- Arms: `dense` trains on unpruned, `single` prunes in one step as the host alone would, `sp` fades (Smooth Pruning),
+  `sr` fades and lets go (with Self-Rectifying); `tp-…` is torch-pruning's own pruning with a fresh optimizer. All arms
+  of a seed have the same dense start, data order, steps and learning rates.
+- CIFAR-10 is a JPEG export of its images: compare these figures with each other, not with published ones.
+"""
+
+SEARCHES = """## Searches
+
+Settings were chosen on these runs, so the best row of a table looks better than it is; their seeds are not those of the
+comparisons.
+"""
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A table of Markdown; all columns but the first `left` are aligned to the right."""
+    lines = [head, ["---"] * left + ["---:"] * (len(head) - left), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def against(d: Difference | None) -> str:
+    """A difference to `single`, and whether it can be told from none."""
+    if d is None:
+        return "—"
+    return d.show() + (" (one seed)" if d.low is None else "" if d.clear else ", not distinguishable")
+
+
+def where(machine: dict[str, Any]) -> str:
+    """What it ran on."""
+    threads = machine["threads"]
+    cpu = f"{machine['processor']}, {threads} thread{'s' * (threads != 1)}"
+    return cpu if machine["device"] == "CPU" else str(machine["device"])
+
+
+def host(values: dict[str, Any]) -> str:
+    """The host of a recipe, with what tells apart two comparisons by the same one."""
+    chosen = values["prune"]["host"]
+    name = {"depgraph": "DepGraph", "otov2": "OTOv2", "gate-decorator": "Gate Decorator"}[chosen["kind"]]
+    start = f", from {chosen['decay_from']}" if "decay_from" in chosen else ""
+    return name + (", sparse learning" if values["sparse"] else start)
+
+
+def link(path: Path, text: str = "", up: str = "../") -> str:
+    """A link to a file of the repository."""
+    return f"[{text or path.name}]({up}{path.parent.name}/{path.name})"
+
+
+def images(result: Result) -> str:
+    """The data set, scaled down or not."""
+    size = result.recipe["data"]["size"]
+    return str(result.data["name"]) + (f" at {size}×{size}" if size else "")
+
+
+def tested(values: dict[str, Any]) -> str:
+    """Which images accuracy is measured on."""
+    return "held-out training images" if values["data"].get("validation") else "test images"
+
+
+def made(path: Path, machine: dict[str, Any], versions: dict[str, str], command: str) -> str:
+    """What a figure can be repeated with."""
+    return f"{where(machine)}, torch {versions['torch']}: `{command}`. File: {link(path)}."
+
+
+def comparison(path: Path, result: Result) -> str:
+    """One result of `decay-pruning compare`."""
+    values, steps = result.recipe, sorted({run.steps for run in result.runs})
+    said = (
+        f"{images(result)}: {result.data['note']} {values['model']['name']} by {host(values)}, "
+        f"{result.data['train']:,} training images, {result.data['test']:,} {tested(values)}, "
+        f"{values['dense']['epochs']:g} epochs to the dense start, {' or '.join(map(str, steps))} steps from there, "
+        f"seeds {', '.join(map(str, result.seeds))}. {made(path, result.machine, result.versions, result.command)}"
+    )
+    head = ["arm", "top-1", "against `single`", "just after removal", "MACs kept, %", "parameters kept, %"]
+    head += ["latency, dense ÷ pruned", "released", "seeds"]
+    title = values["title"] or values["name"]
+    return f"### {title}\n\n{said}\n\n{table(head, map(_arm, summarise(result)))}"
+
+
+def _arm(s: Summary) -> list[str]:
+    pruned = s.arm != "dense"
+    return [
+        f"`{s.arm}`",
+        s.accuracy.show(),
+        against(s.difference),
+        s.removed.show(1) if s.removed else "—",
+        s.macs.show(1) if pruned else "100",
+        s.params.show(1) if pruned else "100",
+        f"{s.speedup:.2f}" if pruned else "—",
+        f"{s.released:.1f} of {s.picked:.1f}" if s.picked else "—",
+        str(s.accuracy.n),
+    ]
+
+
+def summary(comparisons: dict[Path, Result]) -> str:
+    """The README's table: one row for each host and arm."""
+    rows: list[list[str]] = []
+    files: dict[str, list[str]] = {}
+    for path, result in comparisons.items():
+        name, steps = host(result.recipe), max(run.steps for run in result.runs)
+        setting = f"{result.recipe['model']['name']}, {images(result)}, {where(result.machine)}"
+        file = link(path, f"{name} ({len(result.seeds)} seeds, {steps} steps)", up="")
+        files.setdefault(setting, []).append(file)
+        for i, s in enumerate(summarise(result)):
+            row = [
+                "" if i else name,
+                f"`{s.arm}`",
+                s.accuracy.show(),
+                s.difference.show() if s.difference else "—",
+            ]
+            row += [f"{s.removed.mean:.1f}" if s.removed else "—", f"{s.macs.mean:.3g}"]
+            rows.append(row)
+    head = ["host", "arm", "top-1, %", "against `single` [95 %]", "just after removal, %", "MACs kept, %"]
+    said = ". ".join(f"{setting}: {', '.join(links)}" for setting, links in files.items())
+    return f"{table(head, rows, left=2)}\n\nMean ± standard deviation. {said}."
+
+
+def search(path: Path, values: dict[str, Any]) -> str:
+    """One result of `benchmarks/search.py`, best first."""
+    by: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in values["rows"]:
+        by.setdefault(row["variation"], {})[row["seed"]] = row
+    single, rows = by.get("single", {}), []
+    for name, runs in by.items():
+        common = [seed for seed in runs if seed in single and name != "single"]
+        before, after = ([of[seed]["accuracy"] for seed in common] for of in (single, runs))
+        accuracy = spread([run["accuracy"] for run in runs.values()])
+        cells = [name, accuracy.show(), against(paired(before, after) if common else None)]
+        cells += [_mean(run["accuracy_removed"] for run in runs.values())]
+        cells += [_mean(100 * run["macs"][1] / run["macs"][0] for run in runs.values())]
+        cells += [_mean(run["released"] for run in runs.values()), str(len(runs))]
+        rows.append((accuracy.mean, cells))
+    head = [
+        "variation",
+        "top-1",
+        "against `single`",
+        "just after removal",
+        "MACs kept, %",
+        "released",
+        "seeds",
+    ]
+    said = f"{values['recipe']['title']}, {tested(values['recipe'])}. "
+    said += made(path, values["machine"], values["versions"], values["command"])
+    ordered = [cells for _, cells in sorted(rows, key=lambda row: -row[0])]
+    return f"### {path.stem}\n\n{said}\n\n{table(head, ordered)}"
+
+
+def _mean(values: Iterable[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{spread(known).mean:.1f}" if known else "—"
+
+
+def cost(path: Path, values: dict[str, Any]) -> str:
+    """One measurement of time: `benchmarks/step_cost.py`, `otov2_cost.py` or `scaling.py`."""
+    said = made(path, values["machine"], values["versions"], values["command"])
+    rows = values.get("rows", [])
+    if "row" in values:
+        row = values["row"]
+        said += f" {row['model']}, batch of {row['batch']}."
+        head = ["part of a step", "seconds", "share of forward + backward, %"]
+        share = {part: 100 * s / row["seconds"]["forward_backward"] for part, s in row["seconds"].items()}
+        cells = [[part, f"{s:.4f}", f"{share[part]:.2f}"] for part, s in row["seconds"].items()]
+    elif "ratio" in rows[0]:
+        said += " Shares of forward + backward, in percent."
+        parts = {"SP": "sp", "SP + SR": "sp_sr", "idle": "idle", "torch-pruning's regulariser": "peer"}
+        head = ["", "forward + backward, s", *parts]
+        cells = [
+            [f"{row['model']}, {'×'.join(map(str, row['input']))}", f"{row['forward_backward_s']:.3g}"]
+            for row in rows
+        ]
+        for line, row in zip(cells, rows, strict=True):
+            line += [
+                f"{100 * row['ratio'][k]:.3f}" if k in row["ratio"] else "not run" for k in parts.values()
+            ]
+    else:
+        head = list(rows[0])
+        cells = [
+            [f"{row[k]:,}" if isinstance(row[k], int) else f"{row[k]:.4f}" for k in head] for row in rows
+        ]
+    return f"### {path.stem}\n\n{said}\n\n{table(head, cells)}"
+
+
+def used(root: Path, files: dict[Path, dict[str, Any]]) -> str:
+    """Every recipe, and which results were made with it."""
+    rows = []
+    for path in sorted((root / "recipes").glob("*.toml")):
+        loaded = recipes.load(path)
+        runs = [
+            f"{link(file)} ({where(values['machine'])}{_changes(loaded.to_dict(), values['recipe'])})"
+            for file, values in files.items()
+            if values.get("recipe", {}).get("name") == loaded.name
+        ]
+        rows.append([f"{link(path)}: {loaded.title}", "; ".join(runs) or "not yet run"])
+    return table(["recipe", "run on"], rows, left=2)
+
+
+def _changes(now: dict[str, Any], then: dict[str, Any]) -> str:
+    """Which settings of a result are not those of the recipe as it is now."""
+    try:
+        then = recipes.Recipe.from_dict(then).to_dict()
+    except ConfigError:
+        return ", with settings that are gone"
+    idle = {"name", "title", "device", "data.root", "data.workers", "report"}
+    keys = [text.partition(":")[0] for text in results.differences(then, now)]
+    keys = [key for key in keys if not {key, key.partition(".")[0]} & idle]
+    return f", with another {', '.join(f'`{key}`' for key in keys)}" if keys else ""
+
+
+def pages(root: Path) -> dict[Path, str]:
+    """What docs/results.md and README.md should hold."""
+    files = {path: json.loads(path.read_text("utf-8")) for path in sorted((root / "results").glob("*.json"))}
+    found = {path: results.load(path) for path, values in files.items() if "runs" in values}
+    final = {path: result for path, result in found.items() if path.name.startswith("final-")}
+    searches = {path: values for path, values in files.items() if path.name.startswith("search-")}
+    costs = {path: values for path, values in files.items() if path not in found and path not in searches}
+    parts = [HEAD, "## Comparisons", *(comparison(*each) for each in {**final, **found}.items())]
+    parts += [SEARCHES, *(search(*each) for each in searches.items())]
+    parts += ["## Costs", *(cost(*each) for each in costs.items())]
+    parts += ["## Recipes", used(root, files)]
+    readme = (root / "README.md").read_text("utf-8")
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ConfigError(f"README.md has no lines {BEGIN} and {END}")
+    shown = final or {path: result for path, result in found.items() if path.name == "digits.json"}
+    return {
+        root / "docs" / "results.md": "\n\n".join(part.strip() for part in parts) + "\n",
+        root / "README.md": f"{before}{BEGIN}\n{summary(shown)}\n{END}{after}",
+    }
+
+
+def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
+    """Write the pages, or say which are stale; the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a page is stale")
+    check = parser.parse_args(arguments).check
+    stale = {p: text for p, text in pages(root).items() if not p.is_file() or p.read_text("utf-8") != text}
+    for path, text in stale.items():
+        print(
+            f"{path.relative_to(root)} {'is stale: run python benchmarks/tables.py' if check else 'written'}"
+        )
+        if not check:
+            results.write(path, text)
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""The pages with results say what the files in results/ say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from decay_pruning.errors import ConfigError
+from decay_pruning.lab import results
+from decay_pruning.lab.stats import Difference
+
+ROOT = Path(__file__).parents[1]
+_spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+assert _spec is not None and _spec.loader is not None
+tables: Any = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(tables)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for name in ("digits.json", "search-starts-digits.json", "step-cost-cpu.json"):
+        (tmp_path / "results").mkdir(exist_ok=True)
+        shutil.copy(ROOT / "results" / name, tmp_path / "results")
+    (tmp_path / "recipes").mkdir()
+    for name in ("digits.toml", "digits-otov2.toml", "cifar10-resnet56-depgraph.toml"):
+        shutil.copy(ROOT / "recipes" / name, tmp_path / "recipes")
+    (tmp_path / "README.md").write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+    return tmp_path
+
+
+def test_the_pages_are_in_step_with_the_files(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tables.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_check_writes_nothing_and_writing_satisfies_it(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = (root / "README.md").read_text()
+    assert tables.main(["--check"], root) == 1
+    assert "README.md is stale" in capsys.readouterr().out and (root / "README.md").read_text() == readme
+    assert tables.main([], root) == 0 and tables.main(["--check"], root) == 0
+    new = (root / "README.md").read_text()
+    assert new.startswith("before\n") and new.endswith("\nafter\n") and "old" not in new
+
+    values = json.loads((root / "results" / "digits.json").read_text())
+    values["runs"][0]["accuracy"] -= 50
+    (root / "results" / "digits.json").write_text(json.dumps(values))
+    assert tables.main(["--check"], root) == 1, "a changed figure makes the pages stale"
+
+
+def test_figures_are_those_of_the_summary(root: Path) -> None:
+    page, readme = tables.pages(root).values()
+    for s in results.summarise(results.load(root / "results" / "digits.json")):
+        for text in (page, readme):
+            row = next(line for line in text.splitlines() if f"| `{s.arm}` |" in line)
+            assert s.accuracy.show() in row
+            assert s.difference is None or s.difference.show() in row
+            assert s.removed is None or f"{s.removed.mean:.1f}" in row
+
+
+def test_final_comparisons_come_first_and_into_the_readme(root: Path) -> None:
+    digits = results.load(root / "results" / "digits.json")
+    sparse = {**digits.recipe, "title": "Sparse", "sparse": {"strength": 1e-4}}
+    peers = tuple(replace(run, arm="tp-one-shot") for run in digits.of("single"))
+    final = replace(digits, recipe=sparse, runs=digits.runs + peers)
+    final.save(root / "results" / "final-sparse.json")
+    page, readme = tables.pages(root).values()
+    assert page.index("### Sparse") < page.index(f"### {digits.recipe['title']}")
+    assert "| DepGraph, sparse learning | `dense` |" in readme and "results/digits.json" not in readme
+    assert [line.split(" | ")[1] for line in readme.splitlines() if line.startswith("| ")][2:] == [
+        "`dense`", "`single`", "`sp`", "`sr`", "`tp-one-shot`"
+    ]  # fmt: skip
+
+
+def test_searches_are_paired_with_single(root: Path) -> None:
+    page, _ = tables.pages(root).values()
+    rows = json.loads((root / "results" / "search-starts-digits.json").read_text())["rows"]
+    by = {(row["variation"], row["seed"]): row["accuracy"] for row in rows}
+    gains = [by["sr, half-space", seed] - by["single", seed] for seed in range(100, 105)]
+    line = next(line for line in page.splitlines() if line.startswith("| sr, half-space |"))
+    assert f"| −{-sum(gains) / 5:.2f} [" in line and "not distinguishable" not in line
+    order = [float(line.split(" | ")[1].split()[0]) for line in page.splitlines() if line.endswith("| 5 |")]
+    assert len(order) == 5 and order == sorted(order, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [
+        (-0.2, 0.4, "+0.10 [−0.20, +0.40], not distinguishable"),
+        (0.05, 0.15, "+0.10 [+0.05, +0.15]"),
+        (None, None, "+0.10 (one seed)"),
+    ],
+)
+def test_what_a_difference_shows(low: float | None, high: float | None, said: str) -> None:
+    assert tables.against(Difference(0.1, low, high, 5, 0.95)) == said
+
+
+def test_recipes_say_whether_they_were_run(root: Path) -> None:
+    page, _ = tables.pages(root).values()
+    recipes = {
+        line.partition("]")[0].partition("[")[2]: line
+        for line in page[page.index("## Recipes") :].splitlines()
+    }
+    assert recipes["cifar10-resnet56-depgraph.toml"].endswith("| not yet run |")
+    assert recipes["digits.toml"].endswith("[digits.json](../results/digits.json) (AMD EPYC, 1 thread) |")
+    assert "with another `prune.target.macs`" in recipes["digits-otov2.toml"]
+
+
+def test_a_readme_without_markers_is_an_error(root: Path) -> None:
+    (root / "README.md").write_text("no table")
+    with pytest.raises(ConfigError, match=r"README\.md has no lines"):
+        tables.pages(root)
