@@ -12,6 +12,7 @@ import torch
 import decay_pruning
 from decay_pruning import cli
 from decay_pruning.errors import ConfigError
+from decay_pruning.hosts import HOSTS
 from decay_pruning.lab import models, results
 
 RECIPE = """
@@ -52,12 +53,13 @@ def failing(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err
 
 
-def test_inspect(capsys: pytest.CaptureFixture[str]) -> None:
-    cli.main(["inspect", "resnet-digits"])
+@pytest.mark.parametrize("host", list(HOSTS))
+def test_inspect(host: str, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["inspect", "resnet-digits", "--host", host])
     shown = capsys.readouterr().out
     assert "feeds the model's output" in shown
     model = models.build("resnet-digits")
-    plan = decay_pruning.inspect(model, torch.zeros(1, *models.example_shape("resnet-digits")))
+    plan = decay_pruning.inspect(model, torch.zeros(1, *models.example_shape("resnet-digits")), HOSTS[host]())
     assert all(name in shown for name in plan.widths)
     assert f"{plan.now.structures} structures in {len(plan.widths)} layer groups" in shown
     assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in shown

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import tyro
@@ -55,18 +55,23 @@ class Inspect:
     """Channels of its images."""
     classes: int | None = None
     """Outputs."""
+    host: Literal["depgraph", "otov2", "gate-decorator"] = "depgraph"
+    """Whose structures."""
     allow_inexact: bool = False
     """Count structures whose removal changes the function by its nature (a width under LayerNorm)."""
 
     def main(self, console: Console) -> None:
         from decay_pruning import inspect
+        from decay_pruning.hosts import HOSTS
         from decay_pruning.lab import models
 
         own = ":" in self.model
         channels, size, _ = (3, 224, 224) if own else models.example_shape(self.model)
         channels, size = self.channels or channels, self.size or size
         model = models.build(self.model, classes=self.classes, channels=channels, size=size, seed=0)
-        plan = inspect(model, torch.zeros(1, channels, size, size), allow_inexact=self.allow_inexact)
+        plan = inspect(
+            model, torch.zeros(1, channels, size, size), HOSTS[self.host](allow_inexact=self.allow_inexact)
+        )
         table = Table(title=f"{self.model}, one image of {channels}×{size}×{size}", title_justify="left")
         table.add_column("Layer group", overflow="fold")
         table.add_column("Structures", justify="right")

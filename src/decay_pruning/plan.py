@@ -9,7 +9,9 @@ from typing import Any
 from torch import nn
 
 from decay_pruning.budget import Cost, CostModel
+from decay_pruning.errors import ConfigError
 from decay_pruning.graph import Graph
+from decay_pruning.hosts import Host
 from decay_pruning.structures import Picks, StructureSet
 
 
@@ -51,16 +53,20 @@ class Plan:
         return "\n".join(lines)
 
 
-def inspect(model: nn.Module, example_inputs: Any, **options: Any) -> Plan:
+def inspect(model: nn.Module, example_inputs: Any, host: Host | None = None, **options: Any) -> Plan:
     """Structures, layer groups, cost, and what cannot be pruned and why, as a plan that removes nothing.
 
     Args:
         model: any model.
         example_inputs: see `Pruner`.
+        host: find the structures as this host does; with its settings, so without options.
         options: `ignored`, `heads`, `allow_inexact`, see `DepGraph`.
 
     Raises:
+        ConfigError: both a host and options.
         GraphError: the model cannot be traced, or nothing in it can be pruned.
     """
-    graph = Graph(model, example_inputs, **options)
+    if host is not None and options:
+        raise ConfigError(f"give {', '.join(options)} to the host, not beside it")
+    graph = host.graph(model, example_inputs) if host else Graph(model, example_inputs, **options)
     return Plan.of(graph.structures, {}, CostModel(model, example_inputs, graph.structures))
