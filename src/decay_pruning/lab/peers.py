@@ -6,18 +6,21 @@
 | tp-iterative | prunes in five rounds over the first 40 % of the steps |
 | tp-growing-reg | trains half of the steps under growing regularisation (Wang et al., ICLR 2021), then prunes once |
 
-Each removal is torch-pruning's own: small steps of its pruner until the target is met, as in `reproduce/main.py` of its
-repository. What follows it is what its users do, too: a fresh optimizer. Dense start, data, steps, learning rates,
-importance and ranking are those of the other arms.
+Each removal is one step of torch-pruning's own pruner, with the least ratio that meets the target, tried out on copies.
+What follows it is what its users do, too: a fresh optimizer. Dense start, data, steps, learning rates, importance and
+ranking are those of the other arms.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -32,8 +35,8 @@ from decay_pruning.surgery import untouched
 
 logger = logging.getLogger(__name__)
 
-#: Steps of torch-pruning's pruner from the whole network to nothing, as in its `reproduce/main.py`.
-_INCREMENTS = 400
+#: How exactly torch-pruning's ratio is searched: a share of all channels.
+_PRECISION = 5e-4
 
 
 @dataclass(frozen=True)
@@ -120,16 +123,16 @@ class TorchPruning:
         structures = self._host.graph(model, example).structures
         self._unprunable = structures.unprunable
         self._removals = [start + max(1, round(share * (total_steps - start))) for share in peer.removals]
-        self._growing = (
-            _Growing(peer.growing, optimizer, self._removals[0] - start) if peer.growing is not None else None
-        )
-        modules = dict(model.named_modules())
-        self._pruner = self._torch_pruning([modules[name] for name in self._unprunable if name in modules])
-        self._heads = {modules[name]: name for name in structures.groups}
-        width = self._pruner.DG.get_out_channels
-        self._alive = {name: list(range(width(module))) for module, name in self._heads.items()}
-        self._widths = {name: len(ids) for name, ids in self._alive.items()}
-        self._before = self._cost = self._measure()
+        self._growing = None
+        if peer.growing is not None:
+            make = partial(self._pruner, tp.pruner.GrowingRegPruner, model)
+            self._growing = _Growing(peer.growing, optimizer, self._removals[0] - start, make)
+        self._names = tuple(structures.groups)
+        self._widths = self._channels(model, self._pruner(tp.pruner.BasePruner, model).DG)
+        self._alive = {name: list(range(width)) for name, width in self._widths.items()}
+        self._before = self._cost = self._measure(model, self._widths)
+        self._ratio = 0.0  # of the channels, that are gone
+        self._scopes: dict[str, int] = {}  # what torch-pruning ranks together → its original channels
         self._start, self._step, self._round, self._finished_at = start, 0, 0, 0
         self._hooks = [
             optimizer.register_step_pre_hook(lambda *_: self._before_step()),
@@ -193,7 +196,7 @@ class TorchPruning:
 
     def _before_step(self) -> None:
         if self._growing is not None and self._step >= self._start:
-            self._growing.before_step(self._pruner, self._model)
+            self._growing.before_step(self._model)
 
     def _after_step(self) -> None:
         self._step += 1
@@ -213,16 +216,9 @@ class TorchPruning:
         names = {id(p): name for name, p in self._model.named_parameters()}
         frozen = [name for name, p in self._model.named_parameters() if not p.requires_grad]
         trained = [[names[id(p)] for p in group["params"]] for group in self._optimizer.param_groups]
-        while not goal.met(self._cost):
-            if self._pruner.current_step == _INCREMENTS:
-                raise BudgetError(
-                    f"torch-pruning cannot meet the target: {100 * getattr(self._cost, goal.of) / before:.1f} % of "
-                    f"{goal.of} are left, the target is {100 * keep:.1f} %"
-                )
-            for group in self._pruner.step(interactive=True):
-                self._note(group)
-                group.prune()
-            self._cost = self._measure()
+        if not goal.met(self._cost):  # an earlier round can have gone further than it had to
+            self._ratio = self._least(goal)
+            self._cost = self._prune(self._model, self._ratio)
         parameters = dict(self._model.named_parameters())
         for name in frozen:
             parameters[name].requires_grad_(False)  # torch-pruning's new parameters all train
@@ -237,58 +233,100 @@ class TorchPruning:
         share = 100 * getattr(self._cost, goal.of) / before
         logger.info("step %d: torch-pruning left %.2f %% of %s", self._step, share, goal.of)
 
-    def _torch_pruning(self, ignored: list[nn.Module]) -> Any:
-        """torch-pruning's pruner, from the whole network to nothing in small steps."""
+    def _least(self, goal: Goal) -> float:
+        """The least ratio that meets the goal, as far as trials on copies tell.
+
+        Not simply by bisection from 0 to 1: torch-pruning leaves a layer whole that a high ratio would take away.
+        """
+
+        def meets(ratio: float) -> bool:
+            trial = copy.deepcopy(self._model)
+            for mine, theirs in zip(trial.parameters(), self._model.parameters(), strict=True):
+                mine.grad = theirs.grad  # for importances that look at gradients
+            return goal.met(self._prune(trial, ratio))
+
+        low = self._ratio
+        high = next((ratio for i in range(1, 21) if (ratio := low + i / 20) < 1 and meets(ratio)), None)
+        if high is None:
+            now = getattr(self._cost, goal.of)
+            raise BudgetError(
+                f"torch-pruning has no ratio that leaves {goal.at_most:,.0f} of now {now:,} {goal.of}"
+            )
+        low = high - 1 / 20
+        while high - low > _PRECISION:
+            middle = (low + high) / 2
+            low, high = (low, middle) if meets(middle) else (middle, high)
+        return high
+
+    def _prune(self, model: nn.Module, ratio: float) -> Cost:
+        """One step of torch-pruning's pruner, to this ratio of the original channels; what is left."""
+        pruner = self._pruner(tp.pruner.BasePruner, model, pruning_ratio=ratio)
+        pruner._scope_initial_channels = scopes = dict(self._scopes)  # as if it had made the earlier rounds
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(torch.initial_seed())  # random scores are those of the trials
+            for group in pruner.step(interactive=True):
+                if model is self._model:
+                    self._note(group, pruner.DG)
+                group.prune()
+        if model is self._model:
+            self._scopes = scopes
+        return self._measure(model, self._channels(model, pruner.DG))
+
+    def _pruner(self, kind: Callable[..., Any], model: nn.Module, **more: Any) -> Any:
+        """One of torch-pruning's pruners for a model as it is now."""
         importance = self._host.importance
-        kind = tp.pruner.GrowingRegPruner if self._growing else tp.pruner.BasePruner
-        with untouched(self._model):  # its tracing leaves the model in evaluation mode
+        ignored = [module for name, module in model.named_modules() if name in self._unprunable]
+        with untouched(model):  # its tracing leaves the model in evaluation mode
             return kind(
-                self._model,
+                model,
                 self._example,
                 importance=IMPORTANCES[importance]() if isinstance(importance, str) else importance,
                 global_pruning=self._host.scope == "global",
-                pruning_ratio=1.0,
-                iterative_steps=_INCREMENTS,
                 ignored_layers=ignored,
                 in_channel_groups={},  # its defaults are shared by all pruners, and filled
                 out_channel_groups={},
                 num_heads={},
-                **(self._growing.strength if self._growing else {}),
+                **more,
             )
 
-    def _note(self, group: Any) -> None:
+    def _note(self, group: Any, graph: Any) -> None:
         """Take down which channels a group of torch-pruning's is about to remove."""
+        names = {self._model.get_submodule(name): name for name in self._names}
         for dep, channels in group:
-            name = self._heads.get(dep.target.module)
-            if name is not None and self._pruner.DG.is_out_channel_pruning_fn(dep.handler):
+            name = names.get(dep.target.module)
+            if name is not None and graph.is_out_channel_pruning_fn(dep.handler):
                 gone = set(channels)
                 self._alive[name] = [index for i, index in enumerate(self._alive[name]) if i not in gone]
                 return
 
-    def _measure(self) -> Cost:
-        cost = measure(self._model, self._example)
-        return replace(cost, structures=sum(len(ids) for ids in self._alive.values()))
+    def _channels(self, model: nn.Module, graph: Any) -> dict[str, int]:
+        return {name: int(graph.get_out_channels(model.get_submodule(name))) for name in self._names}
+
+    def _measure(self, model: nn.Module, channels: Mapping[str, int]) -> Cost:
+        return replace(measure(model, self._example), structures=sum(channels.values()))
 
 
 class _Growing:
     """Adds the regulariser to the gradients, in place of weight decay, as torch-pruning's script does."""
 
-    def __init__(self, settings: GrowingReg, optimizer: Optimizer, steps: int) -> None:
+    def __init__(
+        self, settings: GrowingReg, optimizer: Optimizer, steps: int, make: Callable[..., Any]
+    ) -> None:
         self._every = max(1, steps // settings.updates)
-        #: For torch-pruning's `GrowingRegPruner`.
-        self.strength = {"reg": settings.base, "delta_reg": settings.growth / (steps // self._every)}
+        growth = settings.growth / (steps // self._every)
+        self._pruner = make(reg=settings.base, delta_reg=growth)
         self._groups = optimizer.param_groups
         self._decay = [group["weight_decay"] for group in self._groups]
         self._step = 0
 
-    def before_step(self, pruner: Any, model: nn.Module) -> None:
+    def before_step(self, model: nn.Module) -> None:
         """Add to the gradients, and grow when it is time."""
         for group in self._groups:
             group["weight_decay"] = 0.0
-        pruner.regularize(model)
+        self._pruner.regularize(model)
         self._step += 1
         if self._step % self._every == 0:
-            pruner.update_reg()
+            self._pruner.update_reg()
 
     def end(self) -> None:
         """Give the optimizer its weight decay back."""
