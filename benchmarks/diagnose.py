@@ -46,6 +46,7 @@ from decay_pruning.structures import Role, SliceBatch, StructureSet
 STAGES = (0.1, 0.25, 0.5, 0.75, 0.9)
 WEIGHED = (0.25, 0.5, 0.75)  # of them, where structures are weighed in the network as it is then
 SHARES = (0.05, 0.15)
+DRAWS = 20  # of what chance does
 FUNCTION = frozenset({Role.SCALE, Role.SHIFT, Role.COLUMN})
 Key = tuple[str, int]
 
@@ -321,16 +322,13 @@ def ranks(values: Tensor) -> Tensor:
     return torch.argsort(torch.argsort(values, stable=True), stable=True).double() + 1
 
 
-def within(values: Tensor, groups: Tensor, how: str) -> Tensor:
-    """z-score, or rank as a share, among the decaying structures of each layer group."""
+def within(values: Tensor, groups: Tensor) -> Tensor:
+    """z-score among the decaying structures of each layer group."""
     out = torch.zeros_like(values, dtype=torch.float64)
     for g in groups.unique():
         mine = groups == g
         v = values[mine].double()
-        if how == "rank":
-            out[mine] = ranks(v) / len(v)
-        else:
-            out[mine] = (v - v.mean()) / v.std().clamp_min(1e-30) if len(v) > 1 else 0.0
+        out[mine] = (v - v.mean()) / v.std().clamp_min(1e-30) if len(v) > 1 else 0.0
     return out
 
 
@@ -377,21 +375,22 @@ def criteria(raw: Mapping[str, Any], stage: float, beta: float | None) -> dict[s
         "ρ · norm at the pick": mean(out / w) * m,
         "update, C_len": update,
         "update, C_rate": mean(moved / s["dd"].sqrt().clamp_min(1e-30)),
-        "update without weight decay, C_len": mean(moved + drag) / (m / N),
         "update without weight decay, ⟨Δ, w⟩": mean(s["wd"] + drag * w),
         "C_rate of norm and columns": c_rate_f,
         "C_len of norm and columns": c_len_f,
-        "C_rate, z in its layer": within(c_rate, groups, "z"),
-        "C_len, z in its layer": within(c_len, groups, "z"),
-        "C_len, rank in its layer": within(c_len, groups, "rank"),
-        "−⟨g, w⟩, z in its layer": within(signed, groups, "z"),
-        "|⟨g, w⟩|, z in its layer": within(magnitude, groups, "z"),
+        "C_rate, z in its layer": within(c_rate, groups),
+        "C_len, z in its layer": within(c_len, groups),
+        "−⟨g, w⟩, z in its layer": within(signed, groups),
+        "|⟨g, w⟩|, z in its layer": within(magnitude, groups),
         "|⟨g, w⟩| per MAC": magnitude / raw["macs"],
         "−⟨g, w⟩ per MAC": signed / raw["macs"],
         "host score per MAC": score / raw["macs"],
     }
     for name in ("C_rate", "C_len", "growth ρ", "−⟨g, w⟩", "|⟨g, w⟩|", "C_len of norm and columns"):
         found[f"rank of host score × rank of {name}"] = ranks(score) * ranks(found[name])
+    found["rank of norm × rank of |⟨g, w⟩|"] = ranks(m) * ranks(magnitude)
+    found["rank of norm × rank of update, C_len"] = ranks(m) * ranks(update)
+    found["norm at the pick, z in its layer"] = within(m, groups)
     return found
 
 
@@ -432,70 +431,90 @@ def swap(chosen: Tensor, value: Tensor, raw: Mapping[str, Any], others: Tensor, 
     return saved, cost, float((per_mac[chosen] > typical).double().mean()) if rows else 0.0
 
 
+def truths(raw: Mapping[str, Any], stage: float, local: bool) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Truth → value of each weighed structure, of each replacement, and of the former in each batch."""
+    found = {
+        "start": (raw["start_train"].mean(1), raw["start_train_others"].mean(1), raw["start_train"]),
+        "start, eval": (raw["start_eval"].mean(1), raw["start_eval_others"].mean(1), raw["start_eval"]),
+    }
+    at = raw["stages"].get(stage)
+    if at is not None:
+        found["stage"] = at["now"].mean(1), at["others"].mean(1), at["now"]
+        found["stage, restored"] = at["value"].mean(1), at["others"].mean(1), at["value"]
+    if not local:  # what counts where structures are exchanged at equal MACs
+        macs, macs_others = raw["macs"][raw["weighed"]], raw["macs_others"]
+        for name in [n for n in ("start", "stage") if n in found]:
+            value, others, each = found[name]
+            found[f"{name}, per MAC"] = value / macs, others / macs_others, each / macs[:, None]
+    return found
+
+
+def thresholds(c_rate: Tensor, c_len: Tensor) -> dict[str, Tensor]:
+    """What the criteria named in the paper let go at the default thresholds, at zero, and under the cap."""
+    default = SelfRectifying()
+    rate, length = c_rate > default.t_rate, c_len > default.t_len
+    first = ranks(-torch.where(rate & length, c_len, -torch.inf)) <= default.most(len(c_rate))
+    return {
+        f"C_rate > {default.t_rate}": rate,
+        f"C_len > {default.t_len}": length,
+        f"C_rate > {default.t_rate} and C_len > {default.t_len}": rate & length,
+        "the same, at most 5 % (the default)": rate & length & first,
+        "C_rate > 0": c_rate > 0,
+        "C_len > 0": c_len > 0,
+    }
+
+
 def figures(raw: Mapping[str, Any], local: bool) -> list[dict[str, Any]]:
     """Every criterion at every stage against every truth."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     index = raw["weighed"]
+    generator = torch.Generator().manual_seed(0)
+    by_chance = [torch.rand(len(index), generator=generator) for _ in range(DRAWS)]
     for stage in STAGES:
-        truths = {
-            "start": (raw["start_train"].mean(1), raw["start_train_others"].mean(1), raw["start_train"]),
-            "start, eval": (raw["start_eval"].mean(1), raw["start_eval_others"].mean(1), raw["start_eval"]),
-        }
-        at = raw["stages"].get(stage)
-        if at is not None:
-            truths["stage"] = at["now"].mean(1), at["others"].mean(1), at["now"]
-            truths["stage, restored"] = at["value"].mean(1), at["others"].mean(1), at["value"]
-        if not local:  # what counts where structures are exchanged at equal MACs
-            macs, macs_others = raw["macs"][index], raw["macs_others"]
-            for name in ("start", "stage") if at is not None else ("start",):
-                value, others, each = truths[name]
-                truths[f"{name}, per MAC"] = value / macs, others / macs_others, each / macs[:, None]
-        for kind, beta in (("plain", None), ("exponential 0.9", 0.9)):
-            named = criteria(raw, stage, beta)
-            named["chance"] = torch.rand(len(raw["keys"]), generator=torch.Generator().manual_seed(1))
-            settings = SelfRectifying()
-            rate, length = named["C_rate"][index], named["C_len"][index]
-            passed = {
-                f"C_rate > {settings.t_rate}": rate > settings.t_rate,
-                f"C_len > {settings.t_len}": length > settings.t_len,
-                "both": (rate > settings.t_rate) & (length > settings.t_len),
-            }
-            most = settings.most(len(index))
-            capped = torch.where(passed["both"], length, -torch.inf)
-            passed["both, largest 5 % by C_len (the default)"] = passed["both"] & (ranks(-capped) <= most)
-            for truth, (value, _, each) in truths.items():
-                raw_value, raw_others = truths[truth.removesuffix(", per MAC")][:2]
-                half = each.shape[1] // 2
-                row = {"stage": stage, "truth": truth, "average": kind}
-                agree = spearman(each[:, :half].mean(1), each[:, half:].mean(1))
-                rows.append(
-                    {
-                        **row,
-                        "criterion": "the truth on half of the images against the other half",
-                        "spearman": agree,
-                    }
-                )
-                best = {q: ranks(-value) <= max(1, round(q * len(index))) for q in SHARES}
-                oracle = {**{n: v[index] for n, v in named.items()}, "the truth itself": value}
-                for name, figure in oracle.items():
-                    row_ = {**row, "criterion": name, "spearman": spearman(figure, value)}
-                    for q in SHARES:
-                        chosen = ranks(-figure.double()) <= max(1, round(q * len(index)))
-                        saved, cost, won = swap(chosen, raw_value, raw, raw_others, local)
-                        row_ |= {
-                            f"precision_{q}": float((chosen & best[q]).sum() / chosen.sum()),
-                            f"saved_{q}": saved, f"cost_{q}": cost, f"won_{q}": won,
-                        }  # fmt: skip
-                    rows.append(row_)
-                for name, chosen in passed.items():
-                    good, number = best[SHARES[-1]], int(chosen.sum())
-                    saved, cost, won = swap(chosen, raw_value, raw, raw_others, local)
-                    rows.append({
-                        **row, "criterion": name, "released": number, "of": len(index),
-                        "precision": float((chosen & good).sum()) / number if number else None,
-                        "recall": float((chosen & good).sum() / good.sum()),
-                        "saved": saved, "cost": cost, "won": won,
-                    })  # fmt: skip
+        plain = {name: v[index] for name, v in criteria(raw, stage, None).items()}
+        exponential = {name: v[index] for name, v in criteria(raw, stage, 0.9).items()}
+        known = truths(raw, stage, local)
+        for truth, (value, _, each) in known.items():
+            single, others, _ = known[truth.removesuffix(", per MAC")]
+            half = each.shape[1] // 2
+            row = {"stage": stage, "truth": truth}
+            rows.append({
+                **row, "criterion": "half of the images against the other half",
+                "spearman": spearman(each[:, :half].mean(1), each[:, half:].mean(1)),
+            })  # fmt: skip
+
+            def of(
+                figure: Tensor, value: Tensor = value, single: Tensor = single, others: Tensor = others
+            ) -> Any:
+                found = {"spearman": spearman(figure, value)}
+                for q in SHARES:
+                    count = max(1, round(q * len(index)))
+                    chosen, best = ranks(-figure.double()) <= count, ranks(-value) <= count
+                    saved, cost, won = swap(chosen, single, raw, others, local)
+                    found |= {
+                        f"precision_{q}": float((chosen & best).sum()) / count,
+                        f"saved_{q}": saved, f"cost_{q}": cost, f"won_{q}": won,
+                    }  # fmt: skip
+                return found
+
+            draws = [of(figure) for figure in by_chance]
+            chance = {name: sum(d[name] for d in draws) / len(draws) for name in draws[0]}
+            rows.append({**row, "criterion": "chance", **chance})
+            rows.append({**row, "criterion": "the truth itself", **of(value)})
+            rows += [{**row, "criterion": name, **of(figure)} for name, figure in plain.items()]
+            rows += [
+                {**row, "criterion": f"{name}, exponential average", **of(exponential[name])}
+                for name in ("C_rate", "C_len", "−⟨g, w⟩", "|⟨g, w⟩|", "update, C_len")
+            ]
+            good = ranks(-value) <= max(1, round(SHARES[-1] * len(index)))
+            for name, chosen in thresholds(plain["C_rate"], plain["C_len"]).items():
+                number, hits = int(chosen.sum()), float((chosen & good).sum())
+                saved, cost, won = swap(chosen, single, raw, others, local)
+                rows.append({
+                    **row, "criterion": name, "released": number, "of": len(index),
+                    "precision": hits / number if number else None, "recall": hits / float(good.sum()),
+                    "saved": saved, "cost": cost, "won": won,
+                })  # fmt: skip
     return rows
 
 
@@ -516,7 +535,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"\n{truth:<44}" + "".join(f"{s:>7}" for s in STAGES) + "   at 0.5: P5   P15  net5   net15  won15"
         )
         for name in names:
-            which = {"truth": truth, "criterion": name, "average": "plain"}
+            which = {"truth": truth, "criterion": name}
             values = [mean_of(rows, "spearman", stage=s, **which) for s in STAGES]
             if all(math.isnan(v) for v in values):
                 continue
@@ -529,7 +548,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 f"{mean_of(rows, 'won_0.15', **half):5.2f}"
             )  # fmt: skip
         for name in names:
-            which = {"truth": truth, "criterion": name, "average": "plain", "stage": 0.5}
+            which = {"truth": truth, "criterion": name, "stage": 0.5}
             if math.isnan(mean_of(rows, "released", **which)):
                 continue
             words = [

@@ -66,6 +66,10 @@ GRIDS: dict[str, Grid] = {
         "sr, C_rate and C_len above their thresholds": ("sr", []),
         "sr, largest C_len": ("sr", ["prune.rectify.t_rate=-1", "prune.rectify.t_len=-1e9"]),
         "sr, largest |<g, w>|": ("sr", ["prune.rectify.criterion=first_order"]),
+        "sr, largest |<g, w>|, retries 0": (
+            "sr",
+            ["prune.rectify.criterion=first_order", "prune.rectify.retries=0"],
+        ),
         "sr, at random": ("sr", ["prune.rectify.criterion=random"]),
     },
     "starts": {  # of a decay under OTOv2
