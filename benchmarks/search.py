@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from decay_pruning import rectify
 from decay_pruning.lab import compare, recipe, results
 
 #: variation → (arm, assignments)
@@ -59,6 +60,18 @@ GRIDS: dict[str, Grid] = {
             )
         },
     },
+    "criteria": {  # by what the structures to release are chosen; docs/rectifying.md
+        "single": ("single", []),
+        "sp": ("sp", []),
+        "sr, C_rate and C_len above their thresholds": ("sr", []),
+        "sr, largest C_len": ("sr", ["prune.rectify.t_rate=-1", "prune.rectify.t_len=-1e9"]),
+        "sr, largest |<g, w>|": ("sr", ["prune.rectify.criterion=first_order"]),
+        "sr, largest |<g, w>|, retries 0": (
+            "sr",
+            ["prune.rectify.criterion=first_order", "prune.rectify.retries=0"],
+        ),
+        "sr, at random": ("sr", ["prune.rectify.criterion=random"]),
+    },
     "starts": {  # of a decay under OTOv2
         "single": ("single", []),
         **{
@@ -78,9 +91,15 @@ GRIDS: dict[str, Grid] = {
 }
 
 
+def at_random(seen: rectify.Resistance, settings: rectify.SelfRectifying) -> torch.Tensor:
+    """What a criterion has to beat: as many released structures, drawn by chance."""
+    return torch.rand(seen.c_rate.shape, device=seen.c_rate.device)
+
+
 def job(path: str, assignments: list[str], arm: str, seed: int, out: str) -> dict[str, Any]:
     """One run, in a process of its own."""
     torch.set_num_threads(1)
+    rectify.CRITERIA["random"] = at_random
     settings = recipe.load(path, assignments)
     data = settings.data.load()
     start = compare.dense_start(settings, data, seed, Path(out) / "starts")

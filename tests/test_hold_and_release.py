@@ -163,3 +163,20 @@ def test_no_more_than_a_share_of_a_pick_is_released():
     assert set(released) | set(stayed) == set(before)
     run.step()
     assert run.pruner.progress().released == len(released)
+
+
+def test_a_criterion_that_is_a_figure_releases_the_largest():
+    """Without thresholds: of each pick the share with the largest |⟨g, w⟩|, at the first verdict."""
+    by_first_order = SelfRectifying(criterion="first_order", judge_from=0.5, max_share=0.3, retries=0)
+    events = []
+    smooth = SmoothPruning(steps=10)
+    run = start("plain", "depgraph", rectify=by_first_order, smooth=smooth, on_event=events.append)
+    for _ in range(5):
+        run.step()
+    picked = sum(len(e.indices) for e in events if e.kind == "picked")
+    released = [v for e in events if e.kind == "released" for v in e.values["first_order"]]
+    stayed = [values["first_order"] for values in run.pruner.engine.resistance().values()]
+    assert len(released) == int(0.3 * picked) == picked - len(stayed)
+    assert min(released) >= max(stayed)
+    by_length = [v for e in events if e.kind == "released" for v in e.values["c_len"]]
+    assert min(by_length) < max(values["c_len"] for values in run.pruner.engine.resistance().values())

@@ -115,10 +115,22 @@ def test_averages(values, beta):
     assert math.isclose(mean, expected, abs_tol=1e-6)
 
 
+def released(seen, **settings):
+    return SelfRectifying(**settings).strength(seen).gt(-torch.inf).tolist()
+
+
 def test_criteria():
-    seen = Resistance(*(torch.tensor(x) for x in ([0.5, 0.5, -0.5], [0.5, -0.5, 0.5], [0.0] * 3, [0.0] * 3)))
-    assert SelfRectifying(t_rate=0, t_len=0).verdict(seen).tolist() == [True, False, False]
-    assert SelfRectifying(t_rate=0, t_len=0, criterion="rate").verdict(seen).tolist() == [True, True, False]
-    assert SelfRectifying(t_rate=0, t_len=0, criterion="len").verdict(seen).tolist() == [True, False, True]
-    own = SelfRectifying(criterion=lambda seen, settings: seen.first_order > 1)
-    assert own.verdict(seen).tolist() == [False] * 3
+    columns = ([0.5, 0.5, -0.5], [0.5, -0.5, 0.5], [0.0] * 3, [0.0, 2.0, 1.0])
+    seen = Resistance(*(torch.tensor(x) for x in columns))
+    assert released(seen, t_rate=0, t_len=0) == [True, False, False]
+    assert released(seen, t_rate=0, t_len=0, criterion="rate") == [True, True, False]
+    assert released(seen, t_rate=0, t_len=0, criterion="len") == [True, False, True]
+    assert released(seen, criterion="first_order") == [False, True, True]
+    assert released(seen, criterion=lambda seen, settings: seen.first_order > 1) == [False, True, False]
+
+
+def test_what_goes_first():
+    """C_len orders what passes thresholds; a figure orders itself."""
+    seen = Resistance(*(torch.tensor(x) for x in ([0.5, 0.5], [0.2, 0.1], [0.0, 0.0], [1.0, 3.0])))
+    assert SelfRectifying(t_rate=0, t_len=0).strength(seen).tolist() == pytest.approx([0.2, 0.1])
+    assert SelfRectifying(criterion="first_order").strength(seen).tolist() == [1.0, 3.0]

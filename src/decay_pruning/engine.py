@@ -378,11 +378,11 @@ class Engine:
         judged &= fading.rectified & fading.seen.gt(0)
         if not bool(judged.any()):
             return
-        seen = Resistance(*fading.mean)
-        out = rectify.verdict(seen).cpu() & judged
+        strength = rectify.strength(Resistance(*fading.mean)).cpu()
+        out = judged & strength.gt(-torch.inf)
         if not bool(out.any()):
             return
-        out = self._most_resistant(fading, out, seen.c_len.cpu(), rectify)
+        out = self._most_resistant(fading, out, strength, rectify)
         if not bool(out.any()):
             return
         chosen = out.nonzero().flatten().tolist()

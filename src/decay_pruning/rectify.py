@@ -33,7 +33,8 @@ class Resistance(NamedTuple):
     first_order: Tensor  #: |⟨g, w⟩|, the first-order estimate of what removal changes in the loss
 
 
-#: A verdict: (averages so far, settings) → shape (slots,), bool: release?
+#: (averages so far, settings) → shape (slots,). Either bool: release? The largest C_len go first then. Or a figure
+#: of how valuable each structure is: the largest go first, those at zero or below never.
 Criterion = Callable[[Resistance, "SelfRectifying"], Tensor]
 
 
@@ -52,8 +53,18 @@ def len_only(seen: Resistance, settings: SelfRectifying) -> Tensor:
     return seen.c_len > settings.t_len
 
 
+def first_order(seen: Resistance, settings: SelfRectifying) -> Tensor:
+    """|⟨g, w⟩|, without a threshold: of each pick the share `max_share` is released."""
+    return seen.first_order
+
+
 #: Criteria by name, for recipes.
-CRITERIA: dict[str, Criterion] = {"rate_and_len": rate_and_len, "rate": rate_only, "len": len_only}
+CRITERIA: dict[str, Criterion] = {
+    "rate_and_len": rate_and_len,
+    "rate": rate_only,
+    "len": len_only,
+    "first_order": first_order,
+}
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,7 @@ class SelfRectifying:
     Attributes:
         t_rate: T_rate, a cosine between −1 and 1.
         t_len: T_len, a ratio: 1 means that plain gradient descent alone would cancel the decay.
-        criterion: how the thresholds are joined: a name in `CRITERIA`, or any `Criterion`.
+        criterion: how the thresholds are joined, or what takes their place: a name in `CRITERIA`, or any `Criterion`.
         average: None for the plain mean over the decay so far, or the factor β in (0, 1) of an exponential average
             (bias-corrected).
         warmup: share of the decay, in [0, 1), whose gradients are not averaged.
@@ -126,10 +137,12 @@ class SelfRectifying:
         """How many of `picked` structures can be released."""
         return max(1, int(self.max_share * picked))
 
-    def verdict(self, seen: Resistance) -> Tensor:
-        """Which structures to release, shape (slots,), bool."""
+    def strength(self, seen: Resistance) -> Tensor:
+        """How strongly each structure asks to be released, shape (slots,); −∞ where it does not."""
         rule = CRITERIA[self.criterion] if isinstance(self.criterion, str) else self.criterion
-        return rule(seen, self)
+        found = rule(seen, self)
+        asks, figure = (found, seen.c_len) if found.dtype == torch.bool else (found > 0, found)
+        return torch.where(asks, figure, -torch.inf)
 
 
 def measure(ww: Tensor, wg: Tensor, gg: Tensor, lr_wg: Tensor, start: Tensor, steps: Tensor) -> Resistance:
