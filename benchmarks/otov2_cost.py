@@ -5,8 +5,8 @@
 
 `host` is a step after the partition in which nothing has passed the half-space test yet, so all structures are in the
 redundant set and all are measured and shrunk: the dearest that there is. `momentum` is the same under SGD with
-momentum, where the host reads the direction off a copy of the weights. Each figure is the median over repeats. The
-bound is 10 % of SGD's step + 1 % of forward + backward.
+momentum, where the host reads the direction off the momentum buffer. Figures are the median and the least over repeats (noise of the
+machine only ever adds). The bound is 10 % of SGD's step + 1 % of forward + backward.
 """
 
 from __future__ import annotations
@@ -61,10 +61,13 @@ def bench(device: torch.device, batch: int, repeats: int) -> dict[str, Any]:
         times["forward_backward"].append(clock(device, forward_backward))
         for key, call in calls.items():
             times[key] += [clock(device, call) for _ in range(3)]
-    seconds = {key: statistics.median(values) for key, values in times.items()}
-    bound = 0.1 * seconds["sgd"] + 0.01 * seconds["forward_backward"]
-    return {"model": "vgg16-bn", "batch": batch, "seconds": seconds, "bound_s": bound,
-            "share_of_bound": {key: seconds[key] / bound for key in ("host", "momentum")}}  # fmt: skip
+    median = {key: statistics.median(values) for key, values in times.items()}
+    least = {key: min(values) for key, values in times.items()}
+    row: dict[str, Any] = {"model": "vgg16-bn", "batch": batch, "seconds": median, "least_seconds": least}
+    for name, seconds in (("share_of_bound", median), ("least_share_of_bound", least)):
+        bound = 0.1 * seconds["sgd"] + 0.01 * seconds["forward_backward"]
+        row[name] = {key: seconds[key] / bound for key in ("host", "momentum")}
+    return row
 
 
 def main() -> None:
@@ -80,8 +83,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     row = bench(torch.device(args.device), args.batch, args.repeats)
-    print("  ".join(f"{key} {1000 * s:.2f} ms" for key, s in row["seconds"].items()))
-    print(f"bound {1000 * row['bound_s']:.2f} ms", row["share_of_bound"])
+    for key in ("seconds", "least_seconds"):
+        print(key, "  ".join(f"{what} {1000 * s:.2f} ms" for what, s in row[key].items()))
+    print(row["share_of_bound"], row["least_share_of_bound"])
     if args.out:
         options = f"--device {args.device} --batch {args.batch} --threads {args.threads}"
         command = f"python benchmarks/{Path(__file__).name} {options}"

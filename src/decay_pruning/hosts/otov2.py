@@ -185,7 +185,7 @@ class ZeroInvariantGroups:
     """
 
     #: Elements that are read at a time on a CPU: few calls, and products that stay in its cache (measured).
-    BLOCK = 2**19
+    BLOCK = 2**18
 
     def __init__(self, structures: StructureSet, parameters: Mapping[str, Tensor]) -> None:
         count = len(structures)
@@ -237,8 +237,10 @@ class ZeroInvariantGroups:
         for name, dim in self.places[self.flat :]:
             a = _rows(x[name], dim, x[name])
             b = _rows(_or_zero(y.get(name), x[name]), dim, x[name])
-            step = max(1, self.BLOCK // a.shape[1]) if a.device.type == "cpu" else a.shape[0]
-            for part, other in zip(a.split(step), b.split(step), strict=True):
+            whole = a.device.type != "cpu" or a.numel() <= self.BLOCK
+            step = a.shape[0] if whole else max(1, self.BLOCK // a.shape[1])
+            for i in range(0, a.shape[0], step):
+                part, other = a[i : i + step], b[i : i + step]
                 norms += [torch.linalg.vector_norm(each, dim=1) for each in (part, other)]
                 dots.append(torch.linalg.vecdot(part, other))
         x_norm, xy, y_norm = (torch.cat(parts) for parts in (norms[::2], dots, norms[1::2]))
@@ -551,5 +553,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def _rows(tensor: Tensor, dim: int, like: Tensor) -> Tensor:
     """Shape (size of dim, rest), at least float32; no copy where `dim` is outermost in memory, in any format."""
+    if dim == 0 and like.is_contiguous():
+        return _wide(tensor.flatten(1))
     rest = sorted((d for d in range(like.ndim) if d != dim), key=like.stride, reverse=True)
     return _wide(tensor.permute(dim, *rest).flatten(1))
