@@ -402,13 +402,20 @@ def spearman(a: Tensor, b: Tensor) -> float:
     return float(torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1])
 
 
+def beyond(a: Tensor, b: Tensor, known: Tensor) -> float:
+    """Rank correlation of a and b that `known` does not explain (partial correlation of the ranks)."""
+    ab, ak, bk = spearman(a, b), spearman(a, known), spearman(b, known)
+    return (ab - ak * bk) / math.sqrt(max(1e-12, (1 - ak**2) * (1 - bk**2)))
+
+
 def swap(chosen: Tensor, value: Tensor, raw: Mapping[str, Any], others: Tensor, local: bool) -> Any:
     """What is saved by releasing `chosen` and removing the next in the host's ranking in their place.
 
-    Local scope: one for one within each layer group. Global: as many of the next as cost the same MACs.
+    Local scope: one for one within each layer group. Global: as many of the next as cost the same MACs, in parts.
 
     Returns:
-        loss saved by the releases, loss that the replacements cost, share of pairs in which the first is larger.
+        loss saved by the releases, loss that the replacements cost, and the share of the releases that are worth more
+        than what replaces them (global: per MAC, against the replacements' mean).
     """
     keys = [raw["keys"][i] for i in raw["weighed"]]
     rows = chosen.nonzero().flatten().tolist()
@@ -426,12 +433,13 @@ def swap(chosen: Tensor, value: Tensor, raw: Mapping[str, Any], others: Tensor, 
     spent = torch.cat([torch.zeros(1), reach])
     share = ((need - spent[:-1]) / raw["macs_others"]).clamp(0, 1)
     saved, cost = float(value[chosen].sum()), float((share * others).sum())
+    cost *= max(1.0, need / float(reach[-1]))  # more than was weighed: at the same price
     per_mac = value / raw["macs"][raw["weighed"]]
     typical = cost / max(need, 1e-30)
     return saved, cost, float((per_mac[chosen] > typical).double().mean()) if rows else 0.0
 
 
-def truths(raw: Mapping[str, Any], stage: float, local: bool) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+def truths(raw: Mapping[str, Any], stage: float) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Truth → value of each weighed structure, of each replacement, and of the former in each batch."""
     found = {
         "start": (raw["start_train"].mean(1), raw["start_train_others"].mean(1), raw["start_train"]),
@@ -441,11 +449,6 @@ def truths(raw: Mapping[str, Any], stage: float, local: bool) -> dict[str, tuple
     if at is not None:
         found["stage"] = at["now"].mean(1), at["others"].mean(1), at["now"]
         found["stage, restored"] = at["value"].mean(1), at["others"].mean(1), at["value"]
-    if not local:  # what counts where structures are exchanged at equal MACs
-        macs, macs_others = raw["macs"][raw["weighed"]], raw["macs_others"]
-        for name in [n for n in ("start", "stage") if n in found]:
-            value, others, each = found[name]
-            found[f"{name}, per MAC"] = value / macs, others / macs_others, each / macs[:, None]
     return found
 
 
@@ -464,6 +467,25 @@ def thresholds(c_rate: Tensor, c_len: Tensor) -> dict[str, Tensor]:
     }
 
 
+def judged(
+    figure: Tensor, value: Tensor, others: Tensor, raw: Mapping[str, Any], local: bool
+) -> dict[str, float]:
+    """One criterion against one truth."""
+    found = {
+        "spearman": spearman(figure, value),
+        "beyond_norm": beyond(figure, value, raw["norm"][raw["weighed"]]),
+    }
+    for q in SHARES:
+        count = max(1, round(q * len(value)))
+        chosen, best = ranks(-figure.double()) <= count, ranks(-value) <= count
+        saved, cost, won = swap(chosen, value, raw, others, local)
+        found |= {
+            f"precision_{q}": float((chosen & best).sum()) / count,
+            f"saved_{q}": saved, f"cost_{q}": cost, f"won_{q}": won,
+        }  # fmt: skip
+    return found
+
+
 def figures(raw: Mapping[str, Any], local: bool) -> list[dict[str, Any]]:
     """Every criterion at every stage against every truth."""
     rows: list[dict[str, Any]] = []
@@ -473,29 +495,17 @@ def figures(raw: Mapping[str, Any], local: bool) -> list[dict[str, Any]]:
     for stage in STAGES:
         plain = {name: v[index] for name, v in criteria(raw, stage, None).items()}
         exponential = {name: v[index] for name, v in criteria(raw, stage, 0.9).items()}
-        known = truths(raw, stage, local)
-        for truth, (value, _, each) in known.items():
-            single, others, _ = known[truth.removesuffix(", per MAC")]
+        for truth, (value, others, each) in truths(raw, stage).items():
             half = each.shape[1] // 2
             row = {"stage": stage, "truth": truth}
             rows.append({
                 **row, "criterion": "half of the images against the other half",
                 "spearman": spearman(each[:, :half].mean(1), each[:, half:].mean(1)),
+                "mean_of_picks": float(value.mean()), "mean_of_replacements": float(others.mean()),
             })  # fmt: skip
 
-            def of(
-                figure: Tensor, value: Tensor = value, single: Tensor = single, others: Tensor = others
-            ) -> Any:
-                found = {"spearman": spearman(figure, value)}
-                for q in SHARES:
-                    count = max(1, round(q * len(index)))
-                    chosen, best = ranks(-figure.double()) <= count, ranks(-value) <= count
-                    saved, cost, won = swap(chosen, single, raw, others, local)
-                    found |= {
-                        f"precision_{q}": float((chosen & best).sum()) / count,
-                        f"saved_{q}": saved, f"cost_{q}": cost, f"won_{q}": won,
-                    }  # fmt: skip
-                return found
+            def of(figure: Tensor, value: Tensor = value, others: Tensor = others) -> dict[str, float]:
+                return judged(figure, value, others, raw, local)
 
             draws = [of(figure) for figure in by_chance]
             chance = {name: sum(d[name] for d in draws) / len(draws) for name in draws[0]}
@@ -509,7 +519,7 @@ def figures(raw: Mapping[str, Any], local: bool) -> list[dict[str, Any]]:
             good = ranks(-value) <= max(1, round(SHARES[-1] * len(index)))
             for name, chosen in thresholds(plain["C_rate"], plain["C_len"]).items():
                 number, hits = int(chosen.sum()), float((chosen & good).sum())
-                saved, cost, won = swap(chosen, single, raw, others, local)
+                saved, cost, won = swap(chosen, value, raw, others, local)
                 rows.append({
                     **row, "criterion": name, "released": number, "of": len(index),
                     "precision": hits / number if number else None, "recall": hits / float(good.sum()),
@@ -527,12 +537,14 @@ def mean_of(rows: list[dict[str, Any]], field: str, **which: Any) -> float:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Spearman at each stage, and precision and swaps at half the decay, plain averages."""
+    """Means over seeds: Spearman at each stage; at half the decay what it adds to the norm, precision, swaps."""
     lines = []
     names = list(dict.fromkeys(r["criterion"] for r in rows))
     for truth in dict.fromkeys(r["truth"] for r in rows):
         lines.append(
-            f"\n{truth:<44}" + "".join(f"{s:>7}" for s in STAGES) + "   at 0.5: P5   P15  net5   net15  won15"
+            f"\n{truth:<44}"
+            + "".join(f"{s:>7}" for s in STAGES)
+            + "   at 0.5: beyond  P5   P15  net5   net15  won5  won15"
         )
         for name in names:
             which = {"truth": truth, "criterion": name}
@@ -544,8 +556,9 @@ def table(rows: list[dict[str, Any]]) -> str:
             precise = [mean_of(rows, f"precision_{q}", **half) for q in SHARES]
             lines.append(
                 f"{name:<44}" + "".join(f"{v:7.2f}" for v in values)
-                + f"        {precise[0]:6.2f} {precise[1]:5.2f} {nets[0]:6.3f} {nets[1]:6.3f} "
-                f"{mean_of(rows, 'won_0.15', **half):5.2f}"
+                + f"        {mean_of(rows, 'beyond_norm', **half):6.2f} {precise[0]:6.2f} {precise[1]:5.2f} "
+                f"{nets[0]:6.3f} {nets[1]:6.3f} "
+                f"{mean_of(rows, 'won_0.05', **half):5.2f} {mean_of(rows, 'won_0.15', **half):5.2f}"
             )  # fmt: skip
         for name in names:
             which = {"truth": truth, "criterion": name, "stage": 0.5}
