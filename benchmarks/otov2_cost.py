@@ -5,8 +5,8 @@
 
 `host` is a step after the partition in which nothing has passed the half-space test yet, so all structures are in the
 redundant set and all are measured and shrunk: the dearest that there is. `momentum` is the same under SGD with
-momentum, where the host reads the direction off the momentum buffer. Figures are the median and the least over repeats (noise of the
-machine only ever adds). The bound is 10 % of SGD's step + 1 % of forward + backward.
+momentum, where the host reads the direction off the momentum buffer. Figures are the median and the least over
+repeats (noise of the machine only ever adds). The bound is 10 % of SGD's step + 1 % of forward + backward.
 """
 
 from __future__ import annotations

@@ -205,6 +205,18 @@ def cost(path: Path, values: dict[str, Any]) -> str:
             line += [
                 f"{100 * row['ratio'][k]:.3f}" if k in row["ratio"] else "not run" for k in parts.values()
             ]
+    elif "of_forward_backward" in rows[0]:
+        said += " Shares of forward + backward, in percent; in brackets those of SGD's step."
+        parts = dict.fromkeys(rows[0]["of_forward_backward"])
+        head = ["", "forward + backward, s", *parts]
+        cells = [
+            [
+                f"{row['model']}, {'×'.join(map(str, row['input']))}",
+                f"{row['seconds']['forward_backward']:.3g}",
+            ]
+            + [f"{100 * row['of_forward_backward'][k]:.3f} ({100 * row['of_sgd'][k]:.1f})" for k in parts]
+            for row in rows
+        ]
     else:
         head = list(rows[0])
         cells = [
@@ -245,7 +257,8 @@ def pages(root: Path) -> dict[Path, str]:
     found = {path: results.load(path) for path, values in files.items() if "runs" in values}
     final = {path: result for path, result in found.items() if path.name.startswith("final-")}
     searches = {path: values for path, values in files.items() if path.name.startswith("search-")}
-    costs = {path: values for path, values in files.items() if path not in found and path not in searches}
+    diagnoses = {path for path in files if path.name.startswith("diagnose-")}  # see docs/rectifying.md
+    costs = {path: values for path, values in files.items() if path not in {*found, *searches, *diagnoses}}
     parts = [HEAD, "## Comparisons", *(comparison(*each) for each in {**final, **found}.items())]
     parts += [SEARCHES, *(search(*each) for each in searches.items())]
     parts += ["## Costs", *(cost(*each) for each in costs.items())]
