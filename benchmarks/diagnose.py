@@ -453,15 +453,16 @@ def truths(raw: Mapping[str, Any], stage: float) -> dict[str, tuple[Tensor, Tens
 
 
 def thresholds(c_rate: Tensor, c_len: Tensor) -> dict[str, Tensor]:
-    """What the criteria named in the paper let go at the default thresholds, at zero, and under the cap."""
+    """What the criteria named in the paper let go at their usual thresholds, at zero, and under the cap."""
     default = SelfRectifying()
-    rate, length = c_rate > default.t_rate, c_len > default.t_len
+    t_rate, t_len = default.thresholds
+    rate, length = c_rate > t_rate, c_len > t_len
     first = ranks(-torch.where(rate & length, c_len, -torch.inf)) <= default.most(len(c_rate))
     return {
-        f"C_rate > {default.t_rate}": rate,
-        f"C_len > {default.t_len}": length,
-        f"C_rate > {default.t_rate} and C_len > {default.t_len}": rate & length,
-        "the same, at most 5 % (the default)": rate & length & first,
+        f"C_rate > {t_rate}": rate,
+        f"C_len > {t_len}": length,
+        f"C_rate > {t_rate} and C_len > {t_len}": rate & length,
+        "the same, at most 5 %": rate & length & first,
         "C_rate > 0": c_rate > 0,
         "C_len > 0": c_len > 0,
     }

@@ -63,7 +63,7 @@ GRIDS: dict[str, Grid] = {
     "criteria": {  # by what the structures to release are chosen; docs/rectifying.md
         "single": ("single", []),
         "sp": ("sp", []),
-        "sr, C_rate and C_len above their thresholds": ("sr", []),
+        "sr, C_rate and C_len above their thresholds": ("sr", ["prune.rectify.criterion=rate_and_len"]),
         "sr, largest C_len": ("sr", ["prune.rectify.t_rate=-1", "prune.rectify.t_len=-1e9"]),
         "sr, largest |<g, w>|": ("sr", ["prune.rectify.criterion=first_order"]),
         "sr, largest |<g, w>|, retries 0": (

@@ -207,14 +207,14 @@ def cost(path: Path, values: dict[str, Any]) -> str:
             ]
     elif "of_forward_backward" in rows[0]:
         said += " Shares of forward + backward, in percent; in brackets those of SGD's step."
-        parts = dict.fromkeys(rows[0]["of_forward_backward"])
-        head = ["", "forward + backward, s", *parts]
+        arms = dict.fromkeys(rows[0]["of_forward_backward"])
+        head = ["", "forward + backward, s", *arms]
         cells = [
             [
                 f"{row['model']}, {'×'.join(map(str, row['input']))}",
                 f"{row['seconds']['forward_backward']:.3g}",
             ]
-            + [f"{100 * row['of_forward_backward'][k]:.3f} ({100 * row['of_sgd'][k]:.1f})" for k in parts]
+            + [f"{100 * row['of_forward_backward'][k]:.3f} ({100 * row['of_sgd'][k]:.1f})" for k in arms]
             for row in rows
         ]
     else:

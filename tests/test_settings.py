@@ -126,6 +126,9 @@ def test_criteria():
     assert released(seen, t_rate=0, t_len=0, criterion="rate") == [True, True, False]
     assert released(seen, t_rate=0, t_len=0, criterion="len") == [True, False, True]
     assert released(seen, criterion="first_order") == [False, True, True]
+    assert released(seen) == [False, True, True], "without thresholds"
+    assert released(seen, t_len=0.4) == [True, False, False], "with the usual T_rate"
+    assert released(seen, criterion="rate_and_len") == released(seen, t_rate=0.02, t_len=0.01)
     assert released(seen, criterion=lambda seen, settings: seen.first_order > 1) == [False, True, False]
 
 

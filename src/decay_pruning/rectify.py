@@ -40,17 +40,18 @@ Criterion = Callable[[Resistance, "SelfRectifying"], Tensor]
 
 def rate_and_len(seen: Resistance, settings: SelfRectifying) -> Tensor:
     """C_rate > T_rate and C_len > T_len."""
-    return (seen.c_rate > settings.t_rate) & (seen.c_len > settings.t_len)
+    t_rate, t_len = settings.thresholds
+    return (seen.c_rate > t_rate) & (seen.c_len > t_len)
 
 
 def rate_only(seen: Resistance, settings: SelfRectifying) -> Tensor:
     """C_rate > T_rate."""
-    return seen.c_rate > settings.t_rate
+    return seen.c_rate > settings.thresholds[0]
 
 
 def len_only(seen: Resistance, settings: SelfRectifying) -> Tensor:
     """C_len > T_len."""
-    return seen.c_len > settings.t_len
+    return seen.c_len > settings.thresholds[1]
 
 
 def first_order(seen: Resistance, settings: SelfRectifying) -> Tensor:
@@ -72,15 +73,17 @@ class SelfRectifying:
     """When a decaying structure is let go again.
 
     Attributes:
-        t_rate: T_rate, a cosine between −1 and 1.
-        t_len: T_len, a ratio: 1 means that plain gradient descent alone would cancel the decay.
-        criterion: how the thresholds are joined, or what takes their place: a name in `CRITERIA`, or any `Criterion`.
+        t_rate: T_rate, a cosine between −1 and 1; None for 0.02 where a criterion needs it.
+        t_len: T_len, a ratio: 1 means that plain gradient descent alone would cancel the decay; None for 0.01.
+        criterion: a name in `CRITERIA`, or any `Criterion`. None for the paper's two thresholds, "rate_and_len", where
+            one of them is given, and otherwise for "first_order", which knows most of what removal costs
+            (docs/rectifying.md).
         average: None for the plain mean over the decay so far, or the factor β in (0, 1) of an exponential average
             (bias-corrected).
         warmup: share of the decay, in [0, 1), whose gradients are not averaged.
         judge_from: share of the decay, in [0, 1), from which on structures can be released. The last step never judges.
         max_share: the largest share of one pick that is released, in (0, 1], and at least one structure. Those with the
-            largest C_len go first. Without it a threshold that is a little too low lets go of nearly everything.
+            largest figure go first, under thresholds those with the largest C_len.
         cooldown: for how many later picks a released structure is not picked again.
         retries: how often the host may pick others in place of released ones with rectifying on. One more
             round, without rectifying, meets the target for sure.
@@ -89,18 +92,18 @@ class SelfRectifying:
         ConfigError: a value is out of range or unknown.
     """
 
-    t_rate: float = 0.02
-    t_len: float = 0.01
-    criterion: str | Criterion = "rate_and_len"
+    t_rate: float | None = None
+    t_len: float | None = None
+    criterion: str | Criterion | None = None
     average: float | None = None
     warmup: float = 0.1
     judge_from: float = 0.5
     max_share: float = 0.05
     cooldown: int = 1
-    retries: int = 2
+    retries: int = 0
 
     def __post_init__(self) -> None:
-        if not -1 <= self.t_rate <= 1:
+        if self.t_rate is not None and not -1 <= self.t_rate <= 1:
             raise ConfigError(f"rectify.t_rate is a cosine between -1 and 1, not {self.t_rate}")
         if self.average is not None and not 0 < self.average < 1:
             raise ConfigError(f"rectify.average is None or a factor between 0 and 1, not {self.average}")
@@ -118,6 +121,11 @@ class SelfRectifying:
             raise ConfigError(
                 f"no criterion is called {self.criterion!r}; choose one of {', '.join(CRITERIA)}"
             )
+
+    @property
+    def thresholds(self) -> tuple[float, float]:
+        """T_rate and T_len."""
+        return 0.02 if self.t_rate is None else self.t_rate, 0.01 if self.t_len is None else self.t_len
 
     def observes(self, n: int, N: int) -> bool:
         """Whether the gradient of step n of N (counted from 1) goes into the averages."""
@@ -139,7 +147,9 @@ class SelfRectifying:
 
     def strength(self, seen: Resistance) -> Tensor:
         """How strongly each structure asks to be released, shape (slots,); −∞ where it does not."""
-        rule = CRITERIA[self.criterion] if isinstance(self.criterion, str) else self.criterion
+        given = self.t_rate is not None or self.t_len is not None
+        chosen = self.criterion or ("rate_and_len" if given else "first_order")
+        rule = CRITERIA[chosen] if isinstance(chosen, str) else chosen
         found = rule(seen, self)
         asks, figure = (found, seen.c_len) if found.dtype == torch.bool else (found > 0, found)
         return torch.where(asks, figure, -torch.inf)
