@@ -18,9 +18,8 @@ OUT = Path("runs/demo")
 LINES = """\
 What you would add to your own training loop:
 
-      from decay_pruning import Pruner, SelfRectifying, Target
-    + pruner = Pruner(model, example_inputs, optimizer, Target(macs=0.5), rectify=SelfRectifying(),
-    +                 total_steps=len(loader) * epochs)
+    + from decay_pruning import Pruner, Target
+    + pruner = Pruner(model, example_inputs, optimizer, Target(macs=0.5), total_steps=len(loader) * epochs)
       for epoch in range(epochs):
           for x, y in loader:
               loss = loss_function(model(x), y)

@@ -6,7 +6,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from decay_pruning import Pruner, SelfRectifying, Target, save
+from decay_pruning import Pruner, Target, save
 
 torch.manual_seed(0)
 images, labels = load_digits(return_X_y=True)
@@ -46,9 +46,7 @@ def train_for(epochs: int) -> None:
 train_for(epochs)
 print(f"dense: {accuracy():.2f} %")
 
-pruner = Pruner(
-    model, x[:1], optimizer, Target(macs=0.3), rectify=SelfRectifying(), total_steps=len(loader) * epochs
-)
+pruner = Pruner(model, x[:1], optimizer, Target(macs=0.3), total_steps=len(loader) * epochs)
 train_for(epochs)
 report = pruner.finish()
 print(report)
