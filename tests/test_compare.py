@@ -157,6 +157,20 @@ def test_another_recipe_does_not_mix_in(tmp_path: Path, finished: tuple[Path, Re
     )
 
 
+def test_how_arms_rectify_can_be_settled_when_the_others_have_run(
+    tmp_path: Path, finished: tuple[Path, Result]
+) -> None:
+    _, result = finished
+    others = replace(result, runs=tuple(run for run in result.runs if run.arm != "sr"))
+    others.save(tmp_path / "result.json")
+    recipe = small("prune.rectify.max_share=0.2")
+    more = compare.compare(recipe, ["sr"], [0], tmp_path)
+    assert {run.arm for run in more.runs} == {"sr", *(run.arm for run in others.runs)}
+    assert more.recipe["prune"]["rectify"]["max_share"] == 0.2
+    with pytest.raises(ConfigError, match=r"prune\.rectify\.max_share: 0\.2 there, 0\.3 now"):
+        compare.compare(small("prune.rectify.max_share=0.3"), ["sp"], [5], tmp_path)
+
+
 def test_paths_of_this_machine_stay_out_of_the_result() -> None:
     values = small("data.root=/home/someone/cifar10", "dense.weights=/home/someone/w.pt").to_dict()
     hidden = results.anonymous(values)

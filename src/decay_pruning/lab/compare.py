@@ -413,7 +413,10 @@ def _result(file: Path, recipe: Recipe, data: Data, command: str) -> Result:
             f"{file} holds results of another recipe ({'; '.join(changed[:3])}): "
             "choose another --out, or move it away"
         )
-    return replace(old, recipe=new.recipe)
+    if rectified:
+        return old
+    prune = {**old.recipe["prune"], "rectify": new.recipe["prune"]["rectify"]}
+    return replace(old, recipe={**old.recipe, "prune": prune})
 
 
 def _decisive(recipe: Mapping[str, Any], rectified: bool) -> dict[str, Any]:
