@@ -112,7 +112,8 @@ def test_recipes_say_whether_they_were_run(root: Path) -> None:
     assert recipes["cifar10-resnet56-depgraph.toml"].endswith("| not yet run |")
     same = "[final-depgraph.json](../results/final-depgraph.json) (AMD EPYC, 1 thread)"
     assert recipes["cifar10-small-depgraph.toml"].endswith(f"{same} |")
-    assert "with another `prune.target.macs`" in recipes["digits-otov2.toml"]
+    assert "with another `prune.rectify.t_rate`" in recipes["digits.toml"]
+    assert "with settings that are gone" in recipes["digits-otov2.toml"]
 
 
 def test_a_readme_without_markers_is_an_error(root: Path) -> None:
