@@ -12,22 +12,18 @@ that of the network as it was. Each figure is the median over repeats, in turn.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import statistics
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from timing import clock
+from timing import clock, options, record
 from torch import nn
 
 from decay_pruning import GateDecorator, Pruner, SmoothPruning
 from decay_pruning.lab import models
-from decay_pruning.lab.results import machine, versions, write
 
 MODELS = ("vgg16-bn", "resnet56")
 NEVER = 10**9
@@ -86,17 +82,7 @@ def bench(name: str, batch: int, device: torch.device, repeats: int) -> dict[str
 
 def main() -> None:
     """Run the models and write one JSON file."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = options(__doc__, 15, list(MODELS))
     rows = []
     for name in args.models:
         row = bench(name, args.batch, torch.device(args.device), args.repeats)
@@ -104,13 +90,7 @@ def main() -> None:
         print(name, "  ".join(f"{key} {1000 * s:.3f} ms" for key, s in row["seconds"].items()))
         for of in ("of_forward_backward", "of_sgd"):
             print(f"  {of}:", "  ".join(f"{arm} {100 * r:.2f} %" for arm, r in row[of].items()), flush=True)
-    if args.out:
-        options = (
-            f"--device {args.device} --batch {args.batch} --threads {args.threads} --repeats {args.repeats}"
-        )
-        command = f"python benchmarks/{Path(__file__).name} {options} --models {' '.join(args.models)}"
-        result = {"command": command, "versions": versions(), "machine": machine(args.device), "rows": rows}
-        write(args.out, json.dumps(result, indent=1))
+    record(args, {"rows": rows})
 
 
 if __name__ == "__main__":

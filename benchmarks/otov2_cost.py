@@ -11,20 +11,16 @@ repeats (noise of the machine only ever adds). The bound is 10 % of SGD's step +
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from timing import clock
+from timing import clock, options, record
 from torch import nn
 
 from decay_pruning import OTOv2, Pruner, SmoothPruning, Target
 from decay_pruning.lab import models
-from decay_pruning.lab.results import machine, versions, write
 
 
 def bench(device: torch.device, batch: int, repeats: int) -> dict[str, Any]:
@@ -72,25 +68,12 @@ def bench(device: torch.device, batch: int, repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, print, and write one JSON file."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = options(__doc__, 5)
     row = bench(torch.device(args.device), args.batch, args.repeats)
     for key in ("seconds", "least_seconds"):
         print(key, "  ".join(f"{what} {1000 * s:.2f} ms" for what, s in row[key].items()))
     print(row["share_of_bound"], row["least_share_of_bound"])
-    if args.out:
-        options = f"--device {args.device} --batch {args.batch} --threads {args.threads}"
-        command = f"python benchmarks/{Path(__file__).name} {options}"
-        result = {"command": command, "versions": versions(), "machine": machine(args.device), "row": row}
-        write(args.out, json.dumps(result, indent=1))
+    record(args, {"row": row})
 
 
 if __name__ == "__main__":

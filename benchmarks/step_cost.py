@@ -13,22 +13,18 @@ Each figure is the median over repeats, in turn with forward + backward.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch_pruning as tp
-from timing import clock
+from timing import clock, options, record
 from torch import nn
 
 from decay_pruning import Custom, Goal, Picks, Pruner, Scene, SelfRectifying, SmoothPruning, Target
 from decay_pruning.lab import models
-from decay_pruning.lab.results import machine, versions, write
 
 CASES: dict[str, tuple[str, int]] = {
     "resnet56": ("resnet56", 32),
@@ -132,29 +128,15 @@ def memory(device: torch.device, forward_backward: Callable[[], None], pruner: P
 
 
 def main() -> None:
-    """Run the cases and write one JSON file."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--models", nargs="+", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    """Run the cases and write one JSON file, after each of them."""
+    args = options(__doc__, 5, list(CASES))
     rows = []
     for name in args.models:
         row = bench(name, args.batch, torch.device(args.device), args.repeats)
         rows.append(row)
         shares = "  ".join(f"{arm} {100 * share:.3f} %" for arm, share in row["ratio"].items())
         print(f"{name}: forward + backward {row['forward_backward_s']:.3f} s; {shares}", flush=True)
-        if args.out:
-            result = {"command": f"python benchmarks/step_cost.py --device {args.device} --batch {args.batch} "
-                                 f"--threads {args.threads} --repeats {args.repeats} --models {' '.join(args.models)}",
-                      "versions": versions(), "machine": machine(args.device), "rows": rows}  # fmt: skip
-            write(args.out, json.dumps(result, indent=1))
+        record(args, {"rows": rows})
 
 
 if __name__ == "__main__":
