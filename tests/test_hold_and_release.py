@@ -1,9 +1,11 @@
 """Zeros are held; released structures stay and cool down, and others take their place."""
 
+import pytest
 import torch
 
-from decay_pruning import DepGraph, SelfRectifying, SmoothPruning
+from decay_pruning import ConfigError, Custom, DepGraph, SelfRectifying, SmoothPruning, Target
 from decay_pruning.engine import Engine
+from decay_pruning.hosts import Picker
 from decay_pruning.structures import SliceBatch
 
 from .registry import build_model, every_arm, everywhere, example, start
@@ -180,3 +182,35 @@ def test_a_criterion_that_is_a_figure_releases_the_largest():
     assert min(released) >= max(stayed)
     by_length = [v for e in events if e.kind == "released" for v in e.values["c_len"]]
     assert min(by_length) < max(values["c_len"] for values in run.pruner.engine.resistance().values())
+
+
+class OneByOne(Picker):
+    """Times itself: one structure of a layer group in every second step."""
+
+    def moved(self, scene, goal):
+        return {"conv2": [scene.step // 2]} if scene.step % 2 == 0 else {}
+
+
+class Staggered(DepGraph):
+    def __post_init__(self):
+        """Without DepGraph's checks: no rounds."""
+
+    def begin(self):
+        return OneByOne()
+
+
+def test_nothing_is_removed_while_something_decays():
+    events = []
+    host = Staggered(rounds=0)
+    run = start("plain", "depgraph", host=host, target=Target(structures=0.8), on_event=events.append)
+    for _ in range(30):
+        run.step()
+    picked = [e.step for e in events if e.kind == "picked"]
+    assert len(picked) > 2, "several decays overlap"
+    assert [e.step for e in events if e.kind == "removed"] == [picked[-1] + 4], "all at once, after the last"
+
+
+@pytest.mark.parametrize("wrong", [{"rounds": 0}, {"interval": -1}])
+def test_a_function_as_host_with_wrong_settings(wrong):
+    with pytest.raises(ConfigError, match="must be at least"):
+        Custom(lambda scene, goal: {}, **wrong)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from decay_pruning.errors import ConfigError
 from decay_pruning.graph import Graph
 from decay_pruning.hosts.base import Goal, Picker, Scene
 from decay_pruning.structures import Picks
@@ -21,6 +22,9 @@ class Custom:
             scores, goal)` makes picks from scores. Structures are removed as returned; if the goal is not met by
             them, the function is asked again.
         ignored, heads, allow_inexact, rounds, interval: see `DepGraph`.
+
+    Raises:
+        ConfigError: rounds is below 1, or interval below 0.
     """
 
     function: Callable[[Scene, Goal], Picks]
@@ -29,6 +33,11 @@ class Custom:
     allow_inexact: bool = False
     rounds: int = 1
     interval: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("rounds", 1), ("interval", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"host.{name} must be at least {least}, not {getattr(self, name)}")
 
     def graph(self, model: nn.Module, example_inputs: object) -> Graph:
         """Find the structures of a model."""
