@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import statistics
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from decay_pruning import rectify
-from decay_pruning.lab import compare, recipe, results
+from decay_pruning.lab import compare, parallel, recipe, results
+from decay_pruning.lab.parallel import Chain
 
 #: variation → (arm, assignments)
 Grid = dict[str, tuple[str, list[str]]]
@@ -60,17 +60,63 @@ GRIDS: dict[str, Grid] = {
             )
         },
     },
+    "rate": {  # is the learning rate high enough for the rest to adapt while structures fade?
+        f"{arm}, learning rate {lr}": (arm, [f"prune.lr={lr}"])
+        for lr in (0.01, 0.03, 0.1)
+        for arm in ("single", "sp")
+    },
+    "length": {  # N against the training that is left: set prune.epochs
+        "single": ("single", []),
+        **{f"N = {n}": ("sp", [f"prune.smooth.steps={n}"]) for n in (0.05, 0.1, 0.2, 0.35, 0.5)},
+    },
     "criteria": {  # by what the structures to release are chosen; docs/rectifying.md
         "single": ("single", []),
         "sp": ("sp", []),
-        "sr, C_rate and C_len above their thresholds": ("sr", ["prune.rectify.criterion=rate_and_len"]),
-        "sr, largest C_len": ("sr", ["prune.rectify.t_rate=-1", "prune.rectify.t_len=-1e9"]),
+        "sr, C_rate > 0 and C_len > 0": ("sr", ["prune.rectify.t_rate=0", "prune.rectify.t_len=0"]),
+        "sr, C_rate > 0.02 and C_len > 0.01": ("sr", ["prune.rectify.criterion=rate_and_len"]),
+        "sr, C_rate > 0.05": ("sr", ["prune.rectify.criterion=rate", "prune.rectify.t_rate=0.05"]),
         "sr, largest |<g, w>|": ("sr", ["prune.rectify.criterion=first_order"]),
-        "sr, largest |<g, w>|, retries 0": (
-            "sr",
-            ["prune.rectify.criterion=first_order", "prune.rectify.retries=0"],
-        ),
         "sr, at random": ("sr", ["prune.rectify.criterion=random"]),
+    },
+    "verdict": {  # when SR judges, on which average, how many go, and what becomes of them
+        "single": ("single", []),
+        "sp": ("sp", []),
+        "sr": ("sr", []),
+        **{
+            f"sr, {', '.join(f'{k} = {v}' for k, v in changes.items())}": (
+                "sr",
+                [f"prune.rectify.{k}={v}" for k, v in changes.items()],
+            )
+            for changes in (
+                {"judge_from": 0.25},
+                {"judge_from": 0.75},
+                {"max_share": 0.02},
+                {"max_share": 0.15},
+                {"judge_from": 0.25, "max_share": 0.15},
+                {"average": 0.9},
+                {"retries": 2},
+                {"retries": 2, "cooldown": 3},
+            )
+        },
+    },
+    "rounds": {  # one pick for the whole target, or several; those of single lie as far apart as those of SP
+        "single": ("single", []),
+        "sp": ("sp", []),
+        "sr": ("sr", []),
+        **{
+            f"{arm}, {rounds} rounds": (
+                arm,
+                [f"prune.host.rounds={rounds}"]
+                + ([f"prune.host.interval={140 // rounds}"] if arm == "single" else []),
+            )
+            for rounds in (2, 4)
+            for arm in ("single", "sp", "sr")
+        },
+    },
+    "pull": {  # λ of OTOv2: strong enough that structures come to the half-space before the deadline?
+        f"{arm}, λ = {lam}": (arm, [f"prune.host.lam={lam}"])
+        for lam in (0.02, 0.05, 0.1, 0.2)
+        for arm in ("single", "sp")
     },
     "starts": {  # of a decay under OTOv2
         "single": ("single", []),
@@ -80,6 +126,16 @@ GRIDS: dict[str, Grid] = {
             for start in ("half-space", "partition")
         },
     },
+    "streams": {  # OTOv2 when the residual streams of a CIFAR ResNet keep their width
+        f"{arm}, streams kept": (
+            arm.split(",")[0],
+            [
+                'prune.host.ignored=["conv1","layer2.0.conv2","layer3.0.conv2"]',
+                f"prune.host.decay_from={'partition' if 'partition' in arm else 'half-space'}",
+            ],
+        )
+        for arm in ("single", "sp, half-space", "sp, partition")
+    },
     "gates": {  # where a decay runs under Gate Decorator
         "single": ("single", []),
         **{
@@ -87,6 +143,18 @@ GRIDS: dict[str, Grid] = {
             for slices in ("gates", "all")
             for place in ("tick", "own")
         },
+    },
+    "large-picks": {  # Gate Decorator when it prunes a quarter of the gates at a time: is there a cliff then?
+        f"{name}, large picks": (
+            arm,
+            ["prune.host.share=0.25", "prune.host.tick=60", "prune.smooth.steps=60", *extra],
+        )
+        for name, arm, extra in (
+            ("single", "single", []),
+            ("gates, in tick", "sp", []),
+            ("all, in tick", "sp", ["prune.smooth.slices=all"]),
+            ("all, in own", "sp", ["prune.smooth.slices=all", "prune.host.decay_in=own"]),
+        )
     },
 }
 
@@ -96,17 +164,10 @@ def at_random(seen: rectify.Resistance, settings: rectify.SelfRectifying) -> tor
     return torch.rand(seen.c_rate.shape, device=seen.c_rate.device)
 
 
-def job(path: str, assignments: list[str], arm: str, seed: int, out: str) -> dict[str, Any]:
+def job(path: str, assignments: list[str], arm: str, seed: int, starts: Path) -> dict[str, Any]:
     """One run, in a process of its own."""
-    torch.set_num_threads(1)
     rectify.CRITERIA["random"] = at_random
-    settings = recipe.load(path, assignments)
-    data = settings.data.load()
-    start = compare.dense_start(settings, data, seed, Path(out) / "starts")
-    if not arm:
-        return {}
-    begin = time.perf_counter()
-    run = compare.run_arm(settings, arm, seed, data, start)
+    run = compare.run_from(recipe.load(path, assignments), arm, seed, starts)
     report = run.report or {}
     return {
         "seed": seed,
@@ -118,7 +179,7 @@ def job(path: str, assignments: list[str], arm: str, seed: int, out: str) -> dic
         "picked": report.get("picked"),
         "released": report.get("released"),
         "rounds": report.get("rounds"),
-        "seconds": round(time.perf_counter() - begin, 1),
+        "seconds": run.seconds,
     }
 
 
@@ -172,34 +233,30 @@ def main() -> None:
             f"--seeds {' '.join(map(str, args.seeds))} --jobs {args.jobs} --out {args.out}",
             "versions": results.versions(),
             "machine": results.machine(
-                "cuda" if torch.cuda.is_available() and settings.device == "auto" else "cpu"
+                "cuda" if torch.cuda.is_available() and settings.device == "auto" else "cpu", args.jobs
             ),
             "recipe": results.anonymous(settings.to_dict()),
         }
         results.write(args.out, json.dumps({**head, "rows": rows}, indent=1))
 
-    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        starts = [pool.submit(job, args.recipe, args.assignments, "", seed, args.work) for seed in args.seeds]
-        for future in starts:
-            future.result()
-        print(f"dense starts ready after {time.monotonic() - begin:.0f} s", flush=True)
-        pending = {}
-        for seed in args.seeds:
-            for name, (arm, extra) in grid.items():
-                if (name, seed) not in done:
-                    both = [*args.assignments, *extra]
-                    pending[pool.submit(job, args.recipe, both, arm, seed, args.work)] = name
-        for future in as_completed(pending):
-            if future.cancelled():
-                continue
-            try:
-                rows.append({"variation": pending[future], **future.result()})
-            except Exception as error:
-                print(f"{pending[future]}: {error}", flush=True)
+    starts = Path(args.work) / "starts"
+    names: dict[Any, str] = {}
+    chains = []
+    for seed in args.seeds:
+        runs = []
+        for name, (arm, extra) in grid.items():
+            if (name, seed) not in done:
+                runs.append(partial(job, args.recipe, [*args.assignments, *extra], arm, seed, starts))
+                names[runs[-1]] = name
+        chains.append(Chain(partial(compare.make_start, settings, seed, starts), runs))
+    for call, outcome in parallel.run(chains, args.jobs):
+        if isinstance(outcome, BaseException):
+            print(f"{names[call]}: {outcome}", flush=True)
+        else:
+            rows.append({"variation": names[call], **outcome})
             save()
-            if time.monotonic() - begin > 60 * args.minutes:
-                for other in pending:
-                    other.cancel()
+        if time.monotonic() - begin > 60 * args.minutes:
+            break
     print(table(rows))
 
 

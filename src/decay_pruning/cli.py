@@ -145,6 +145,10 @@ class Compare:
     assignments: Assignments = ()
     out: Path | None = None
     """Folder for result and report; runs/<recipe> if not given."""
+    starts: Path | None = None
+    """Folder for dense starts, which several comparisons can share; <out>/starts if not given."""
+    jobs: int = 1
+    """Runs side by side, each in a process of its own: many small ones fill a GPU, or the cores of a CPU."""
     save_models: bool = False
     """Keep the pruned model of every run, but for those of torch-pruning's arms."""
 
@@ -158,7 +162,15 @@ class Compare:
         seeds = _seeds(self.seeds)
         with _bars(console, len(arms) * len(seeds)) as bars:
             result = compare.compare(
-                recipe, arms, seeds, out, command=_command(), watch=bars.watch, on_run=bars.on_run
+                recipe,
+                arms,
+                seeds,
+                out,
+                command=_command(),
+                starts=self.starts,
+                jobs=self.jobs,
+                watch=bars.watch,
+                on_run=bars.on_run,
             )
         console.print(_table(result))
         _report(console, result, out / "report.html")

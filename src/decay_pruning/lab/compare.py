@@ -18,8 +18,10 @@ import logging
 import os
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +36,9 @@ from decay_pruning.decay import SmoothPruning
 from decay_pruning.engine import Event
 from decay_pruning.errors import ConfigError, DecayPruningError, ManifestError
 from decay_pruning.hosts import DepGraph
-from decay_pruning.lab import models, results, settings
+from decay_pruning.lab import models, parallel, results, settings
 from decay_pruning.lab.data import Data
+from decay_pruning.lab.parallel import Chain
 from decay_pruning.lab.peers import PEERS, TorchPruning, checked
 from decay_pruning.lab.recipe import Prune, Recipe
 from decay_pruning.lab.results import ARMS, Line, Result, Run
@@ -101,6 +104,8 @@ def compare(
     out: str | Path,
     *,
     command: str = "",
+    starts: str | Path | None = None,
+    jobs: int = 1,
     watch: Watch | None = None,
     on_run: Callable[[Run], None] | None = None,
 ) -> Result:
@@ -113,7 +118,9 @@ def compare(
         out: folder for the result file (written after each run), dense starts, and models if the recipe keeps
             them.
         command: noted in the result.
-        watch: called after every optimizer step, for progress bars.
+        starts: folder for dense starts, so that comparisons can share them; `out`/starts if not given.
+        jobs: runs side by side, each in a process of its own with its part of the threads.
+        watch: called after every optimizer step, for progress bars; not with several jobs.
         on_run: called when a run is done.
 
     Raises:
@@ -127,30 +134,67 @@ def compare(
             checked(recipe.prune.host)
         else:
             settings_of(arm, recipe.prune)
+    if jobs < 1:
+        raise ConfigError(f"jobs must be at least 1, not {jobs}")
+    if jobs > 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("several jobs are for one process; under torchrun a run takes all processes")
     out = Path(out)
+    folder = out / "starts" if starts is None else Path(starts)
     file = out / results.FILE
     data = recipe.data.load()
-    result = _result(file, recipe, data, command)
+    result = _result(file, recipe, data, command, jobs)
     arms = sorted(set(arms), key=ARMS.index)
+    runs: dict[int, list[partial[Run]]] = {}
     for seed in dict.fromkeys(seeds):
-        todo = [arm for arm in arms if result.find(arm, seed) is None]
-        if not todo:
-            continue
-        model = dense_start(recipe, data, seed, out / "starts", watch)
-        for arm in todo:
-            try:
-                model_file = (
-                    out / "models" / f"{arm}-{seed}.safetensors" if recipe.report.save_models else None
-                )
-                run = run_arm(recipe, arm, seed, data, model, watch=watch, save_to=model_file)
-            except DecayPruningError as error:
-                raise type(error)(f"arm {arm}, seed {seed}: {error}") from error
+        for arm in arms:
+            if result.find(arm, seed) is None:
+                keep = out / "models" / f"{arm}-{seed}.safetensors" if recipe.report.save_models else None
+                runs.setdefault(seed, []).append(partial(run_from, recipe, arm, seed, folder, save_to=keep))
+    if jobs == 1:
+        outcomes: Generator[Any, None, None] = (
+            run(data=data, watch=watch) for each in runs.values() for run in each
+        )
+    else:
+        first = {seed: partial(make_start, recipe, seed, folder) for seed in runs}
+        outcomes = (o for _, o in parallel.run([Chain(first[s], runs[s]) for s in runs], jobs))
+    with closing(outcomes) as done:
+        for run in done:
+            if isinstance(run, BaseException):
+                raise run
             result = result.with_run(run)
             if _is_main():
                 result.save(file)
             if on_run is not None:
                 on_run(run)
     return result
+
+
+def make_start(recipe: Recipe, seed: int, folder: Path) -> None:
+    """Train the dense start of a seed, if `folder` does not hold it."""
+    dense_start(recipe, recipe.data.load(), seed, folder)
+
+
+def run_from(
+    recipe: Recipe,
+    arm: str,
+    seed: int,
+    folder: Path,
+    *,
+    data: Data | None = None,
+    watch: Watch | None = None,
+    save_to: Path | None = None,
+) -> Run:
+    """`run_arm` from the dense start that `folder` holds, or that is trained first; data are loaded if not given.
+
+    Raises:
+        Whatever the run raises, with arm and seed in front.
+    """
+    data = recipe.data.load() if data is None else data
+    model = dense_start(recipe, data, seed, folder, watch)
+    try:
+        return run_arm(recipe, arm, seed, data, model, watch=watch, save_to=save_to)
+    except DecayPruningError as error:
+        raise type(error)(f"arm {arm}, seed {seed}: {error}") from error
 
 
 def dense_start(recipe: Recipe, data: Data, seed: int, folder: Path, watch: Watch | None = None) -> nn.Module:
@@ -385,7 +429,7 @@ def _rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return kept
 
 
-def _result(file: Path, recipe: Recipe, data: Data, command: str) -> Result:
+def _result(file: Path, recipe: Recipe, data: Data, command: str, jobs: int) -> Result:
     """The result in `file` to go on with, or a new one.
 
     Raises:
@@ -399,7 +443,7 @@ def _result(file: Path, recipe: Recipe, data: Data, command: str) -> Result:
         "test": len(data.labels("test")),
         "labels": hashlib.sha256(data.labels("test").numpy().tobytes()).hexdigest()[:12],
     }
-    new = Result.new(values, facts, command, str(_device(recipe)))
+    new = Result.new(values, facts, command, str(_device(recipe)), jobs)
     if not file.is_file():
         return new
     old = results.load(file)

@@ -103,7 +103,7 @@ def _panel(result: Result, arm: str) -> str:
     released_count = (runs[0].report or {}).get("released", 0)
     if released_count:
         x = norms.x + norms.width
-        parts.append(text(x, norms.y - 10, f"● {released_count:,} released", "sub end", "released"))
+        parts.append(text(x, norms.y + 14, f"● {released_count:,} released", "sub end", "released"))
 
     parts.append(accuracy.axes("test accuracy, %", y_ticks=y_ticks, x_ticks=x_ticks))
     for other in result.arms:
@@ -141,7 +141,7 @@ def _caption(run: Run) -> str:
     if not decays:
         return f"norm of {picked:,} picks"
     same = decays[0] == decays[-1]
-    return f"norm of {picked:,} picks, N = {decays[0]}" + ("" if same else f" … {decays[-1]}")
+    return f"norm of {picked:,} picks, N = {decays[0]}" + ("" if same else f"–{decays[-1]}")
 
 
 def _accuracy(run: Run) -> list[Point]:
@@ -482,12 +482,13 @@ th,td{padding:.5rem .7rem;text-align:right;white-space:nowrap;border-bottom:1px 
 thead th{font-size:.82rem;font-weight:550;color:var(--muted);white-space:normal;
 vertical-align:bottom;line-height:1.3}
 tbody th{font-weight:550;text-align:left;white-space:normal}
-tbody th *{white-space:nowrap}
+tbody td{white-space:normal}
+tbody th *,tbody td *{white-space:nowrap}
 th:first-child{text-align:left;padding-left:0}
 .key{display:inline-block;width:.75em;height:.75em;border-radius:50%;background:var(--c,var(--muted));margin-right:.55em}
 code,pre{font:.85em/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 th code{color:var(--muted);font-weight:400}
-.layers td,.layers th{padding:.22rem .7rem}
+.layers td,.layers th{padding:.22rem .7rem;white-space:nowrap}
 .layers{width:auto}
 .layers td span{display:inline-block;min-width:2.6em}
 .layers tbody th code{color:var(--text)}

@@ -24,7 +24,7 @@ import torch
 
 from decay_pruning import __version__
 from decay_pruning.errors import ConfigError
-from decay_pruning.lab import settings
+from decay_pruning.lab import parallel, settings
 from decay_pruning.lab.stats import Difference, Spread, paired, spread
 
 FORMAT = 1
@@ -112,7 +112,9 @@ class Result:
     format: int = FORMAT
 
     @classmethod
-    def new(cls, recipe: Mapping[str, Any], data: Mapping[str, Any], command: str, device: str) -> Result:
+    def new(
+        cls, recipe: Mapping[str, Any], data: Mapping[str, Any], command: str, device: str, jobs: int = 1
+    ) -> Result:
         """Without runs yet; notes time, versions and machine."""
         return cls(
             recipe=anonymous(recipe),
@@ -120,7 +122,7 @@ class Result:
             command=without_paths(command),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             versions=versions(),
-            machine=machine(device),
+            machine=machine(device, jobs),
         )
 
     def find(self, arm: str, seed: int) -> Run | None:
@@ -290,14 +292,20 @@ def versions() -> dict[str, str]:
     return found
 
 
-def machine(device: str) -> dict[str, Any]:
-    """What a latency depends on, and nothing that names the machine's owner."""
+def machine(device: str, jobs: int = 1) -> dict[str, Any]:
+    """What a latency depends on, and nothing that names the machine's owner.
+
+    Args:
+        device: where models are.
+        jobs: processes side by side, among which threads are divided.
+    """
     cuda = device.startswith("cuda")
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "threads": parallel.threads(jobs),
+        "jobs": jobs,
         "device": torch.cuda.get_device_name(device) if cuda else "CPU",
     }
 
