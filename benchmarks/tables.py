@@ -45,6 +45,19 @@ Settings were chosen on these runs, so the best row of a table looks better than
 comparisons.
 """
 
+DIAGNOSES = """## What criteria of SR know
+
+The true loss increase of removing each structure, and what criteria say of it. How this was measured, and what
+follows: [rectifying.md](rectifying.md).
+"""
+
+CAUSES = """## Jumps and stale statistics
+
+From the first pick to the last removal, the loss on 500 images with batch statistics: before, at its highest, and its
+largest rise in one optimizer step. Then accuracy with batch-norm's running statistics as they are, and *refreshed* on
+5,000 training images.
+"""
+
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
     """A table of Markdown; all columns but the first `left` are aligned to the right."""
@@ -178,9 +191,118 @@ def search(path: Path, values: dict[str, Any]) -> str:
     return f"### {path.stem}\n\n{said}\n\n{table(head, ordered)}"
 
 
-def _mean(values: Iterable[float | None]) -> str:
+def _mean(values: Iterable[float | None], digits: int = 1) -> str:
     known = [value for value in values if value is not None]
-    return f"{spread(known).mean:.1f}" if known else "—"
+    return f"{spread(known).mean:.{digits}f}" if known else "—"
+
+
+#: Criteria of a diagnosis that are shown; the file holds more.
+CRITERIA = ["|⟨g, w⟩|", "norm at the pick", "−⟨g, w⟩", "growth ρ", "C_len", "C_rate", "update, C_len"]
+CRITERIA += [
+    "C_len of norm and columns",
+    "C_len, z in its layer",
+    "|⟨g, w⟩|, z in its layer",
+    "|⟨g, w⟩| per MAC",
+]
+CRITERIA += ["rank of host score × rank of |⟨g, w⟩|", "rank of host score × rank of C_len"]
+CRITERIA += ["host score at the pick", "chance", "the truth itself"]
+
+
+def diagnosis(path: Path, values: dict[str, Any]) -> str:
+    """One result of `benchmarks/diagnose.py`: what criteria know, thresholds, and whether an exchange pays."""
+    rows, said = values["rows"], made(path, values["machine"], values["versions"], values["command"])
+    stages = sorted({row["stage"] for row in rows})
+    truths = list(dict.fromkeys(row["truth"] for row in rows))
+
+    def all_of(field: str, criterion: str, truth: str, stage: float = 0.5) -> list[float]:
+        found = (r for r in rows if (r["criterion"], r["truth"], r["stage"]) == (criterion, truth, stage))
+        return [row[field] for row in found if row.get(field) is not None]
+
+    def one(field: str, criterion: str, truth: str, stage: float = 0.5, digits: int = 2) -> str:
+        return _mean(all_of(field, criterion, truth, stage), digits)
+
+    def name(criterion: str) -> str:
+        return criterion.replace("|", "\\|")
+
+    first, *others = truths
+    head = [
+        "criterion",
+        *(f"{first}, {stage}" for stage in stages),
+        "beyond the norm",
+        "precision 5 %",
+        "15 %",
+    ]
+    shown = [c for c in CRITERIA if all_of("spearman", c, first)]
+    knows = [
+        [name(c), *(one("spearman", c, first, stage) for stage in stages)]
+        + [one(field, c, first) for field in ("beyond_norm", "precision_0.05", "precision_0.15")]
+        + [one("spearman", c, truth) for truth in others]
+        for c in shown
+    ]
+    both = "half of the images against the other half"
+    knows.append([both, *(one("spearman", both, first, stage) for stage in stages), "", "", ""])
+    knows[-1] += [one("spearman", both, truth) for truth in others]
+    limits = list(dict.fromkeys(row["criterion"] for row in rows if "released" in row))
+    let_go = [
+        [name(c), one("released", c, first, digits=1), one("of", c, first, digits=0)]
+        + [one(field, c, first) for field in ("precision", "recall")]
+        for c in limits
+    ]
+    exchange = []
+    for c in shown:
+        cells = [name(c)]
+        for truth in truths:
+            nets = [
+                a - b
+                for a, b in zip(*(all_of(f"{f}_0.05", c, truth) for f in ("saved", "cost")), strict=True)
+            ]
+            net = spread(nets)
+            cells.append(
+                f"{net.mean:+.4f}".replace("-", "−") + (f" ± {net.sd:.4f}" if net.sd is not None else "")
+            )
+        cells += [f"{100 * spread(all_of('won_0.05', c, truth)).mean:.0f} %" for truth in (first, "stage")]
+        exchange.append(cells)
+    price = [
+        [truth, *(one(f"mean_of_{which}", both, truth, digits=4) for which in ("picks", "replacements"))]
+        for truth in truths
+    ]
+    seeds = sorted({row["seed"] for row in rows})
+    return "\n\n".join(
+        [
+            f"### {path.stem}",
+            f"{values['recipe']['title']}, {values['recipe']['prune']['host']['scope']} scope, "
+            f"{tested(values['recipe'])}, seeds {', '.join(map(str, seeds))}. {said}",
+            f"Rank correlation with the truth *{first}* by stage of the decay; at half the decay: what is beyond the "
+            "norm, precision (which is recall, too), rank correlation with the other truths.",
+            table([*head, *others], knows),
+            f"The thresholds at half the decay, against the top 15 % of the truth *{first}*.",
+            table(["", "released", "of", "precision", "recall"], let_go),
+            "Loss saved less loss paid where the top 5 % by a criterion are released at half the decay and the next in "
+            "the host's ranking removed for the same MACs (positive: it pays); and how many are worth more than that.",
+            table(["criterion", *truths, f"worth more: {first}", "stage"], exchange),
+            "What removing one structure costs, mean.",
+            table(["truth", "a pick", "a replacement"], price),
+        ]
+    )
+
+
+def causes(path: Path, values: dict[str, Any]) -> str:
+    """One result of `benchmarks/causes.py`."""
+    names = {
+        "loss_before": "loss before", "loss_highest": "highest", "jump": "largest jump in a step",
+        "removed": "just after removal", "removed_refreshed": "refreshed", "end": "at the end",
+        "end_refreshed": "refreshed",
+    }  # fmt: skip
+    cells = []
+    for arm in dict.fromkeys(row["arm"] for row in values["rows"]):
+        runs = [row for row in values["rows"] if row["arm"] == arm]
+        cells.append(
+            [f"`{arm}`", *(spread([run[name] for run in runs]).show() for name in names), str(len(runs))]
+        )
+    said = made(path, values["machine"], values["versions"], values["command"])
+    return f"### {path.stem}\n\n{values['recipe']['title']}, {tested(values['recipe'])}. {said}\n\n" + table(
+        ["arm", *names.values(), "seeds"], cells
+    )
 
 
 def cost(path: Path, values: dict[str, Any]) -> str:
@@ -257,10 +379,14 @@ def pages(root: Path) -> dict[Path, str]:
     found = {path: results.load(path) for path, values in files.items() if "runs" in values}
     final = {path: result for path, result in found.items() if path.name.startswith("final-")}
     searches = {path: values for path, values in files.items() if path.name.startswith("search-")}
-    diagnoses = {path for path in files if path.name.startswith("diagnose-")}  # see docs/rectifying.md
-    costs = {path: values for path, values in files.items() if path not in {*found, *searches, *diagnoses}}
+    diagnoses = {path: values for path, values in files.items() if path.name.startswith("diagnose-")}
+    reasons = {path: values for path, values in files.items() if path.name.startswith("causes-")}
+    others = {*found, *searches, *diagnoses, *reasons}
+    costs = {path: values for path, values in files.items() if path not in others}
     parts = [HEAD, "## Comparisons", *(comparison(*each) for each in {**final, **found}.items())]
     parts += [SEARCHES, *(search(*each) for each in searches.items())]
+    parts += [DIAGNOSES, *(diagnosis(*each) for each in diagnoses.items())] if diagnoses else []
+    parts += [CAUSES, *(causes(*each) for each in reasons.items())] if reasons else []
     parts += ["## Costs", *(cost(*each) for each in costs.items())]
     parts += ["## Recipes", used(root, files)]
     readme = (root / "README.md").read_text("utf-8")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import sys
+import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -41,6 +44,42 @@ def test_what_comes_second_waits_and_a_failed_start_stops_only_its_own(tmp_path:
     assert isinstance(outcomes[bad[0]], ConfigError) and str(outcomes[bad[0]]) == "no start"
     assert len(found) == 4 and not (tmp_path / "never").exists()
     assert str(os.getpid()) not in {(tmp_path / f"run{i}").read_text() for i in range(3)}
+
+
+def note_and_wait(file: Path) -> None:
+    file.write_text(str(os.getpid()))
+    time.sleep(120)
+
+
+def test_runs_end_with_whoever_started_them(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    call = partial(note_and_wait, tmp_path / "pid")
+    starter = context.Process(target=exhaust, args=([Chain(partial(note, tmp_path, "start"), [call])],))
+    starter.start()
+    file = tmp_path / "pid"
+    wait_until(lambda: file.exists() and bool(file.read_text()), 60)
+    starter.kill()
+    worker = int(file.read_text())
+    wait_until(lambda: not alive(worker), 30)
+
+
+def exhaust(chains: list[Chain]) -> None:
+    list(parallel.run(chains, 1))
+
+
+def alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z" if Path("/proc").is_dir() else True
+
+
+def wait_until(holds: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it never came to that"
+        time.sleep(0.1)
 
 
 def test_side_by_side_gives_what_one_after_the_other_gives(tmp_path: Path) -> None:
