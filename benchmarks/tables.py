@@ -42,7 +42,8 @@ themselves: [results/README.md](../results/README.md).
 SEARCHES = """## Searches
 
 Settings were chosen on these runs, so the best row of a table looks better than it is; their seeds are not those of the
-comparisons.
+comparisons. *Against `single`* means one step in the same setting where there is one: "sp, 2 rounds" goes against
+"single, 2 rounds".
 """
 
 DIAGNOSES = """## What criteria of SR know
@@ -161,14 +162,21 @@ def summary(comparisons: dict[Path, Result]) -> str:
     return f"{table(head, rows, left=2)}\n\nMean ± standard deviation. {said}."
 
 
+def alone(name: str, names: Iterable[str]) -> str:
+    """The one-step pruning that a variation is compared with: that of its setting ("single, 2 rounds"), or any."""
+    own = f"single, {name.rpartition(', ')[2]}"
+    return "" if name == "single" else own if own in names and name != own else "single"
+
+
 def search(path: Path, values: dict[str, Any]) -> str:
     """One result of `benchmarks/search.py`, best first."""
     by: dict[str, dict[int, dict[str, Any]]] = {}
     for row in values["rows"]:
         by.setdefault(row["variation"], {})[row["seed"]] = row
-    single, rows = by.get("single", {}), []
+    rows = []
     for name, runs in by.items():
-        common = [seed for seed in runs if seed in single and name != "single"]
+        single = by.get(alone(name, by), {})
+        common = [seed for seed in runs if seed in single]
         before, after = ([of[seed]["accuracy"] for seed in common] for of in (single, runs))
         accuracy = spread([run["accuracy"] for run in runs.values()])
         cells = [name, accuracy.show(), against(paired(before, after) if common else None)]

@@ -89,6 +89,49 @@ def test_searches_are_paired_with_single(root: Path) -> None:
     assert len(order) == 5 and order == sorted(order, reverse=True)
 
 
+def test_variations_are_compared_with_one_step_in_their_own_setting() -> None:
+    names = ["single", "sp", "single, 2 rounds", "sp, 2 rounds", "sp, 4 rounds", "a, b, 2 rounds"]
+    assert [tables.alone(name, names) for name in names] == [
+        "", "single", "single", "single, 2 rounds", "single", "single, 2 rounds",
+    ]  # fmt: skip
+
+
+def row_of(page: str, section: str, first: str) -> list[str]:
+    """Cells of the first row that starts so, below a heading."""
+    lines = page[page.index(f"### {section}\n") :].splitlines()
+    return next(line for line in lines if line.startswith(f"| {first} |")).strip("| ").split(" | ")
+
+
+def test_a_diagnosis_is_the_mean_of_its_rows(root: Path) -> None:
+    values = json.loads((ROOT / "results" / "diagnose-global.json").read_text())
+    (root / "results" / "diagnose-global.json").write_text(json.dumps(values))
+    page, _ = tables.pages(root).values()
+    rows = [r for r in values["rows"] if r["criterion"] == "C_rate" and r["truth"] == "start"]
+    means = [
+        sum(r["spearman"] for r in rows if r["stage"] == stage) / len({r["seed"] for r in rows})
+        for stage in (0.1, 0.25, 0.5, 0.75, 0.9)
+    ]
+    assert row_of(page, "diagnose-global", "C_rate")[1:6] == [f"{mean:.2f}" for mean in means]
+
+
+def test_causes_show_every_figure(root: Path) -> None:
+    names = ("loss_before", "loss_highest", "jump", "removed", "removed_refreshed", "end", "end_refreshed")
+    rows = [
+        {"arm": arm, "seed": seed, **{name: 10.0 * i + seed for i, name in enumerate(names)}}
+        for arm in ("single", "sp")
+        for seed in (1, 3)
+    ]
+    made = {
+        k: results.machine("cpu") if k == "machine" else results.versions() for k in ("machine", "versions")
+    }
+    recipe = {"title": "T", "data": {"validation": 0.1}}
+    values = {"command": "python benchmarks/causes.py", **made, "recipe": recipe, "rows": rows}
+    (root / "results" / "causes-x.json").write_text(json.dumps(values))
+    page, _ = tables.pages(root).values()
+    shown = [f"{10 * i + 2}.00 ± 1.41" for i in range(len(names))]
+    assert row_of(page, "causes-x", "`sp`") == ["`sp`", *shown, "2"]
+
+
 @pytest.mark.parametrize(
     ("low", "high", "said"),
     [
