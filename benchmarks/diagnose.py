@@ -512,6 +512,7 @@ def figures(raw: Mapping[str, Any], local: bool) -> list[dict[str, Any]]:
             chance = {name: sum(d[name] for d in draws) / len(draws) for name in draws[0]}
             rows.append({**row, "criterion": "chance", **chance})
             rows.append({**row, "criterion": "the truth itself", **of(value)})
+            rows.append({**row, "criterion": "the truth itself, per MAC", **of(value / raw["macs"][index])})
             rows += [{**row, "criterion": name, **of(figure)} for name, figure in plain.items()]
             rows += [
                 {**row, "criterion": f"{name}, exponential average", **of(exponential[name])}

@@ -99,6 +99,27 @@ GRIDS: dict[str, Grid] = {
             )
         },
     },
+    "worth": {  # |⟨g, w⟩| by itself or per MAC, judged early or late
+        "single": ("single", []),
+        "sp": ("sp", []),
+        **{
+            f"sr, {criterion}, judge_from = {start}, max_share = {share}": (
+                "sr",
+                [
+                    f"prune.rectify.criterion={criterion}",
+                    f"prune.rectify.judge_from={start}",
+                    f"prune.rectify.max_share={share}",
+                ],
+            )
+            for criterion, start, share in (
+                ("worth", 0.25, 0.05),
+                ("worth", 0.25, 0.15),
+                ("worth", 0.5, 0.05),
+                ("first_order", 0.25, 0.05),
+                ("first_order", 0.25, 0.15),
+            )
+        },
+    },
     "rounds": {  # one pick for the whole target, or several; those of single lie as far apart as those of SP
         "single": ("single", []),
         "sp": ("sp", []),
@@ -109,7 +130,7 @@ GRIDS: dict[str, Grid] = {
                 [f"prune.host.rounds={rounds}"]
                 + ([f"prune.host.interval={140 // rounds}"] if arm == "single" else []),
             )
-            for rounds in (2, 4)
+            for rounds in (4,)
             for arm in ("single", "sp", "sr")
         },
     },

@@ -213,7 +213,7 @@ CRITERIA += [
     "|⟨g, w⟩| per MAC",
 ]
 CRITERIA += ["rank of host score × rank of |⟨g, w⟩|", "rank of host score × rank of C_len"]
-CRITERIA += ["host score at the pick", "chance", "the truth itself"]
+CRITERIA += ["host score at the pick", "chance", "the truth itself", "the truth itself, per MAC"]
 
 
 def diagnosis(path: Path, values: dict[str, Any]) -> str:
