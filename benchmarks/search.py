@@ -99,27 +99,6 @@ GRIDS: dict[str, Grid] = {
             )
         },
     },
-    "worth": {  # |⟨g, w⟩| by itself or per MAC, judged early or late
-        "single": ("single", []),
-        "sp": ("sp", []),
-        **{
-            f"sr, {criterion}, judge_from = {start}, max_share = {share}": (
-                "sr",
-                [
-                    f"prune.rectify.criterion={criterion}",
-                    f"prune.rectify.judge_from={start}",
-                    f"prune.rectify.max_share={share}",
-                ],
-            )
-            for criterion, start, share in (
-                ("worth", 0.25, 0.05),
-                ("worth", 0.25, 0.15),
-                ("worth", 0.5, 0.05),
-                ("first_order", 0.25, 0.05),
-                ("first_order", 0.25, 0.15),
-            )
-        },
-    },
     "rounds": {  # one pick for the whole target, or several; those of single lie as far apart as those of SP
         "single": ("single", []),
         "sp": ("sp", []),

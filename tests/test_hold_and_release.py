@@ -49,31 +49,6 @@ def test_released_structures_keep_their_strength_and_are_free():
         assert float(batch.norms(dict(run.model.named_parameters())).norm()) > 0.1
 
 
-@everywhere
-def test_worth_is_weighed_against_what_the_structure_costs(model_name, host_name):
-    """The costs that a criterion sees are those of the target, and survive a regrouping and a checkpoint."""
-    seen = []
-
-    def note(resistance, settings):
-        seen.append(resistance.cost.clone())
-        return resistance.first_order / resistance.cost
-
-    always = SelfRectifying(criterion=note, max_share=0.3, judge_from=0.5)
-    run = start(
-        model_name, host_name, rectify=always, smooth=SmoothPruning(steps=6), target=Target(params=0.6)
-    )
-    for _ in range(40):
-        run.step()
-        fading = run.pruner.engine._fading
-        if seen and fading is not None:
-            costs = run.pruner._costs.one_more(run.pruner.engine.fading())
-            groups = {name for name, _ in fading.batch.keys}
-            assert groups <= set(costs) and all(cost.params > 0 for cost in costs.values())
-            state = run.pruner.state_dict()["engine"]["fading"]
-            assert torch.equal(state["cost"], fading.cost.cpu())
-    assert seen and all(bool((cost >= 1).all()) for cost in seen)
-
-
 def test_cooldown_picks_others_and_the_target_still_holds():
     always = SelfRectifying(t_rate=-1.0, t_len=-1e9, max_share=1.0, judge_from=0.25, retries=1, cooldown=1)
     events = []

@@ -56,24 +56,6 @@ def test_predicted_cost_is_the_measured_one():
     assert measure(run.model, example()).params == plan.after.params
 
 
-@everywhere
-@pytest.mark.parametrize("of", ["macs", "params", "structures"])
-def test_what_one_more_costs_is_the_difference_that_it_makes(model_name, host_name, of):
-    pruner = start(model_name, host_name, "single").pruner
-    costs = CostModel(pruner.model, example(), pruner.structures)
-    gone = {}
-    for number, (name, group) in enumerate(pruner.structures.groups.items()):
-        gone[name] = torch.zeros(len(group), dtype=torch.bool)
-        gone[name][1 : 1 + len(group) // 2] = number % 3 != 2  # nothing of every third layer group
-    found = costs.one_more(gone)
-    assert set(found) == {name for name, mask in gone.items() if bool(mask.any())}
-    for name, cost in found.items():
-        back = {**gone, name: gone[name].clone()}
-        back[name][1] = False
-        difference = getattr(costs.after(back), of) - getattr(costs.after(gone), of)
-        assert abs(getattr(cost, of) - difference) <= 1, "but for rounding"
-
-
 def test_out_of_reach_is_told_before_training():
     with pytest.raises(BudgetError, match=r"cannot be met.*min_kept = 0\.9"):
         start("residual", "depgraph", host=DepGraph(min_kept=0.9), target=0.3)

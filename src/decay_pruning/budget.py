@@ -122,48 +122,21 @@ class CostModel:
 
     def after(self, removed: Mapping[str, Tensor]) -> Cost:
         """Cost once these are gone: layer group → bool, parallel to its ids."""
-        gone, structures = self._gone(removed), self.now.structures
-        structures -= sum(int(mask.sum()) for mask in removed.values())
+        gone: dict[Place, int] = {}
+        structures = self.now.structures
+        for name, mask in removed.items():
+            structures -= int(mask.sum())
+            for place, count in self._count[name]:
+                gone[place] = gone.get(place, 0) + int(count[mask].sum())
+        share: dict[str, float] = {}
+        for place, number in gone.items():
+            share[place[0]] = share.get(place[0], 1.0) * (1 - number / self._structures.sizes[place])
         params, macs = float(self.now.params), float(self.now.macs)
-        for name, kept in self._kept(gone).items():
+        for name, kept in share.items():
             lost = self._numel[name] * (1 - kept)
             params -= lost
             macs -= lost * self._macs.get(name, 0.0)
         return Cost(round(macs), round(params), structures)
-
-    def one_more(self, removed: Mapping[str, Tensor]) -> dict[str, Cost]:
-        """What it costs to keep one of these, where all others are gone: layer group → cost of one structure."""
-        gone, found = self._gone(removed), {}
-        for name, mask in removed.items():
-            rows = mask.nonzero().flatten()
-            if not rows.numel():
-                continue
-            back: dict[Place, int] = {}
-            for place, count in self._count[name]:
-                back[place] = back.get(place, 0) + int(count[rows[0]])
-            touched = {place[0] for place in back}
-            here = {place: number for place, number in gone.items() if place[0] in touched}
-            before = self._kept(here)
-            after = self._kept({place: number - back.get(place, 0) for place, number in here.items()})
-            each = {tensor: self._numel[tensor] * (after[tensor] - before[tensor]) for tensor in touched}
-            macs = sum(number * self._macs.get(tensor, 0.0) for tensor, number in each.items())
-            found[name] = Cost(round(macs), round(sum(each.values())), 1)
-        return found
-
-    def _gone(self, removed: Mapping[str, Tensor]) -> dict[Place, int]:
-        """How many positions of each dimension go with these."""
-        gone: dict[Place, int] = {}
-        for name, mask in removed.items():
-            for place, count in self._count[name]:
-                gone[place] = gone.get(place, 0) + int(count[mask].sum())
-        return gone
-
-    def _kept(self, gone: Mapping[Place, int]) -> dict[str, float]:
-        """Fraction of each tensor that is left."""
-        share: dict[str, float] = {}
-        for place, number in gone.items():
-            share[place[0]] = share.get(place[0], 1.0) * (1 - number / self._structures.sizes[place])
-        return share
 
     def uses(self, tensor: str) -> float:
         """MACs per element of a weight: in a convolution, the positions of its output; 0 for what is not multiplied."""

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from decay_pruning.decay import SmoothPruning, joint, project_
 from decay_pruning.errors import ConfigError
-from decay_pruning.rectify import AVERAGED, Resistance, SelfRectifying, measure
+from decay_pruning.rectify import Resistance, SelfRectifying, measure
 from decay_pruning.structures import Picks, Place, Role, SliceBatch, StructureSet
 
 logger = logging.getLogger("decay_pruning")
@@ -72,8 +72,7 @@ class _Fading:
     begun: Tensor  # (slots,) int64, CPU: engine step before the first step of the decay
     steps: Tensor  # (slots,) int64, CPU: N
     start: Tensor  # (slices,): norm at the pick
-    mean: Tensor  # (4, slots): running averages, in the order of AVERAGED
-    cost: Tensor  # (slots,): see Resistance
+    mean: Tensor  # (4, slots): running averages, in the order of Resistance
     seen: Tensor  # (slots,) int64, CPU: observations in the averages
     rectified: Tensor  # (slots,) bool, CPU: whether the structure can be released
 
@@ -195,21 +194,8 @@ class Engine:
 
     # -- what the driver asks for ----------------------------------------------------------------------------
 
-    def pick(
-        self,
-        picks: Picks,
-        steps: int,
-        *,
-        rectified: bool = True,
-        costs: Mapping[str, float] | None = None,
-    ) -> None:
+    def pick(self, picks: Picks, steps: int, *, rectified: bool = True) -> None:
         """Let these structures fade over the next `steps` optimizer steps.
-
-        Args:
-            picks: original indices.
-            steps: N.
-            rectified: whether they can be released.
-            costs: layer group → `Resistance.cost` of its structures; 1 where it is not given.
 
         Raises:
             ConfigError: a structure does not exist (any more), decays already, or is held; nothing was picked.
@@ -239,10 +225,7 @@ class Engine:
             begun=torch.full((new.slots,), self.step),
             steps=torch.full((new.slots,), steps),
             start=norms,
-            mean=torch.zeros(len(AVERAGED), new.slots, device=new.device, dtype=new.dtype),
-            cost=torch.tensor([(costs or {}).get(name, 1.0) for name, _ in new.keys], dtype=new.dtype).to(
-                new.device
-            ),
+            mean=torch.zeros(4, new.slots, device=new.device, dtype=new.dtype),
             seen=torch.zeros(new.slots, dtype=torch.int64),
             rectified=torch.full((new.slots,), rectified and steps > 1),
         )
@@ -315,11 +298,13 @@ class Engine:
         return dict(zip(fading.batch.keys, (now / start.clamp_min(1e-30)).tolist(), strict=True))
 
     def resistance(self) -> dict[Key, dict[str, float]]:
-        """Averages so far of each decaying structure, by the names in `AVERAGED`."""
+        """Averages so far of each decaying structure, by the names of `Resistance`."""
         if self._fading is None:
             return {}
         rows = self._fading.mean.T.tolist()
-        return {k: dict(zip(AVERAGED, r, strict=True)) for k, r in zip(self.decaying, rows, strict=True)}
+        return {
+            k: dict(zip(Resistance._fields, r, strict=True)) for k, r in zip(self.decaying, rows, strict=True)
+        }
 
     # -- saving ----------------------------------------------------------------------------------------------
 
@@ -328,7 +313,7 @@ class Engine:
         fading = None
         if self._fading is not None:
             f = self._fading
-            names = ("begun", "steps", "start", "mean", "cost", "seen", "rectified")
+            names = ("begun", "steps", "start", "mean", "seen", "rectified")
             fading = {name: getattr(f, name).detach().cpu().clone() for name in names}
             fading["picks"] = _picks(f.batch.keys)
         return {
@@ -355,7 +340,7 @@ class Engine:
         if state["fading"] is not None:
             saved = dict(state["fading"])
             batch = self._batch(saved.pop("picks"))
-            for name in ("start", "mean", "cost"):
+            for name in ("start", "mean"):
                 saved[name] = saved[name].to(batch.device, batch.dtype)
             self._regroup([_Fading(batch=batch, **saved)])
 
@@ -385,7 +370,7 @@ class Engine:
             [rectify.weight(max(int(s), 1)) for s in fading.seen.unique()], dtype=batch.dtype
         )
         weight = weight[torch.unique(fading.seen, return_inverse=True)[1]] * watching
-        fading.mean += weight.to(batch.device) * (torch.stack(now[: len(AVERAGED)]) - fading.mean)
+        fading.mean += weight.to(batch.device) * (torch.stack(now) - fading.mean)
 
     def _judge(self, fading: _Fading, rectify: SelfRectifying) -> None:
         cohorts, number = self._cohorts
@@ -393,7 +378,7 @@ class Engine:
         judged &= fading.rectified & fading.seen.gt(0)
         if not bool(judged.any()):
             return
-        strength = rectify.strength(Resistance._make([*fading.mean, fading.cost])).cpu()
+        strength = rectify.strength(Resistance(*fading.mean)).cpu()
         out = judged & strength.gt(-torch.inf)
         if not bool(out.any()):
             return
@@ -405,7 +390,9 @@ class Engine:
         for key in keys:
             self._free_again[key] = self._picks_made + rectify.cooldown
         self.counts.released += len(keys)
-        values = {name: fading.mean[i][out.to(fading.mean.device)] for i, name in enumerate(AVERAGED)}
+        values = {
+            name: fading.mean[i][out.to(fading.mean.device)] for i, name in enumerate(Resistance._fields)
+        }
         self._regroup([fading], leave=out)
         self._emit("released", keys, values)
 
@@ -467,7 +454,6 @@ class Engine:
             steps=torch.cat([p.steps for p in parts])[slot],
             start=torch.cat([p.start.to(batch.device) for p in parts])[at_slice.to(batch.device)],
             mean=torch.cat([p.mean.to(batch.device) for p in parts], dim=1)[:, slot.to(batch.device)],
-            cost=torch.cat([p.cost.to(batch.device) for p in parts])[slot.to(batch.device)],
             seen=torch.cat([p.seen for p in parts])[slot],
             rectified=torch.cat([p.rectified for p in parts])[slot],
         )

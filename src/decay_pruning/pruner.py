@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -317,10 +316,9 @@ class Pruner:
         again = self.engine.released(picks)
         released, picked = self.engine.counts.released, self.engine.counts.picked
         share = self.rectify is not None and released < self.rectify.most(picked + _count(picks))
-        costs = self._costs_of(picks)
         for part, rectified in ((_less(picks, again), share), (_only(picks, again), False)):
             if part:
-                self.engine.pick(part, self._steps(), rectified=rectified, costs=costs)
+                self.engine.pick(part, self._steps(), rectified=rectified)
 
     def after_step(self) -> None:
         """Remove what has come to the end of its decay, when the host agrees."""
@@ -353,8 +351,7 @@ class Pruner:
             return
         if extra > retries + _EXTRA_ROUNDS:
             raise BudgetError(f"the host's picks do not lead to the target. {self._how_far()}")
-        picks = self._choose(goal)
-        self.engine.pick(picks, self._steps(), rectified=extra < retries, costs=self._costs_of(picks))
+        self.engine.pick(self._choose(goal), self._steps(), rectified=extra < retries)
 
     def _ask(self, ask: Callable[[Scene, Goal], Picks], goal: Goal) -> Picks:
         """Ask the host for picks; where there are none but structures that cool down, these are eligible again."""
@@ -371,16 +368,6 @@ class Pruner:
             raise BudgetError(f"the host picked nothing. {self._how_far()}")
         self._check_widths(picks)
         return picks
-
-    def _costs_of(self, picks: Picks) -> dict[str, float]:
-        """Layer group → what keeping one of these costs of what the target counts; empty where nothing is released."""
-        if self.rectify is None or self.smooth.steps == 1:
-            return {}
-        fading = dict(self.engine.fading())
-        for name, group in self.structures.groups.items():
-            if name in picks:
-                fading[name] = fading[name] | torch.isin(group.ids, torch.tensor(sorted(picks[name])))
-        return {name: float(getattr(c, self.target.of)) for name, c in self._costs.one_more(fading).items()}
 
     def _check_widths(self, picks: Picks) -> None:
         for name, ids in picks.items():

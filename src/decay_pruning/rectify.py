@@ -23,23 +23,14 @@ from torch import Tensor
 
 from decay_pruning.errors import ConfigError
 
-_ONE = torch.ones(())
-
 
 class Resistance(NamedTuple):
-    """What is known of each decaying structure, each of shape (slots,); all but `cost` are running averages."""
+    """What is known of each decaying structure, each of shape (slots,); the first four are running averages."""
 
     c_rate: Tensor  #: see above
     c_len: Tensor  #: see above
     growth: Tensor  #: ρ
     first_order: Tensor  #: |⟨g, w⟩|, the first-order estimate of what removal changes in the loss
-    cost: Tensor = (
-        _ONE  #: what keeping it costs of what the target counts (MACs), when all other picks are gone
-    )
-
-
-#: Fields of `Resistance` that are averaged.
-AVERAGED = ("c_rate", "c_len", "growth", "first_order")
 
 
 #: (averages so far, settings) → shape (slots,). Either bool: release? The largest C_len go first then. Or a figure
@@ -68,18 +59,12 @@ def first_order(seen: Resistance, settings: SelfRectifying) -> Tensor:
     return seen.first_order
 
 
-def worth(seen: Resistance, settings: SelfRectifying) -> Tensor:
-    """|⟨g, w⟩| per MAC, or per what the target counts: what is released has to be made up for by others."""
-    return seen.first_order / seen.cost.clamp_min(1e-12)
-
-
 #: Criteria by name, for recipes.
 CRITERIA: dict[str, Criterion] = {
     "rate_and_len": rate_and_len,
     "rate": rate_only,
     "len": len_only,
     "first_order": first_order,
-    "worth": worth,
 }
 
 
@@ -112,7 +97,7 @@ class SelfRectifying:
     criterion: str | Criterion | None = None
     average: float | None = None
     warmup: float = 0.1
-    judge_from: float = 0.5
+    judge_from: float = 0.25
     max_share: float = 0.05
     cooldown: int = 1
     retries: int = 0

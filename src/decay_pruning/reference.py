@@ -80,7 +80,7 @@ def step(
     bound: str,
     t_rate: float | None = None,
     t_len: float = 0.0,
-    judge_from: float = 0.5,
+    judge_from: float = 0.25,
 ) -> None:
     """After an optimizer step: judge (SR, where t_rate is given), then shrink (SP), then hold zeros."""
     factors = []
