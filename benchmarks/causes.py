@@ -13,7 +13,6 @@ Per arm and seed, on the images that accuracy is measured on:
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 from functools import partial
@@ -24,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from trials import made, options
 
 from decay_pruning import Pruner
 from decay_pruning.lab import compare, parallel, recipe, results
@@ -137,16 +137,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Run all, write, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("recipe")
-    parser.add_argument("--set", dest="assignments", nargs="+", action="extend", default=[])
+    parser = options(__doc__)
     parser.add_argument("--arms", nargs="+", default=["single", "sp"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[100, 101, 102])
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--work", type=Path, default=Path("runs/search"), help="folder for dense starts")
     args = parser.parse_args()
     settings, starts = recipe.load(args.recipe, args.assignments), args.work / "starts"
     chains = [
@@ -162,15 +154,9 @@ def main() -> None:
             raise outcome
         rows.append(outcome)
     rows.sort(key=lambda row: (args.arms.index(row["arm"]), row["seed"]))
-    shown = " ".join(f"--set {a}" for a in args.assignments if not a.startswith("data.root"))
-    head = {
-        "command": f"python benchmarks/causes.py {args.recipe} {shown} --arms {' '.join(args.arms)} "
-        f"--seeds {' '.join(map(str, args.seeds))} --jobs {args.jobs} --out {args.out}",
-        "versions": results.versions(),
-        "machine": results.machine("cpu", args.jobs),
-        "recipe": results.anonymous(settings.to_dict()),
-    }  # fmt: skip
-    results.write(args.out, json.dumps({**head, "rows": rows}, indent=1))
+    results.write(
+        args.out, json.dumps({**made(args, settings, "arms", device="cpu"), "rows": rows}, indent=1)
+    )
     print(table(rows))
 
 

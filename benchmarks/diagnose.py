@@ -17,7 +17,6 @@ Each criterion then says which structures it would release. A larger figure mean
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import math
@@ -30,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from trials import made, options
 
 from decay_pruning import Pruner
 from decay_pruning.budget import CostModel
@@ -576,21 +576,12 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Diagnose seeds that are not done yet, score all, write, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("recipe")
-    parser.add_argument("--set", dest="assignments", nargs="+", action="extend", default=[])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[100, 101, 102])
+    parser = options(__doc__, jobs=None)
     parser.add_argument(
         "--images", type=int, default=750, help="held-out images at the stages; the dense start has all"
     )
     parser.add_argument(
         "--sample", type=int, default=100, help="decaying structures that are weighed, at most"
-    )
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument(
-        "--work", type=Path, default=Path("runs/search"), help="folder for dense starts and diaries"
     )
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -609,17 +600,12 @@ def main() -> None:
             print(f"seed {seed}: {raw['seconds']} s", flush=True)
         raw = torch.load(file, weights_only=True)
         rows += [{"seed": seed, **row} for row in figures(raw, host.scope == "local")]
-    shown = " ".join(f"--set {a}" for a in args.assignments if not a.startswith("data.root"))
-    head = {
-        "command": f"python benchmarks/diagnose.py {args.recipe} {shown} --seeds {' '.join(map(str, args.seeds))} "
-        f"--images {args.images} --sample {args.sample} --out {args.out}",
-        "versions": results.versions(),
-        "machine": results.machine("cpu"),
-        "recipe": results.anonymous(settings.to_dict()),
-    }  # fmt: skip
     short = [{k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()} for row in rows]
     body = ",\n".join(json.dumps(row, ensure_ascii=False) for row in short)
-    text = json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{body}\n]\n}}\n'
+    text = (
+        json.dumps(made(args, settings, "images", "sample", device="cpu"), indent=1)[:-2]
+        + f',\n "rows": [\n{body}\n]\n}}\n'
+    )
     results.write(args.out, text)
     print(table(rows))
 

@@ -8,7 +8,6 @@ Seeds and data of a search are not those of a final table: search on a validatio
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from trials import made, options
 
 from decay_pruning import rectify
 from decay_pruning.lab import compare, parallel, recipe, results
@@ -207,16 +207,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Run what is missing, write after each run, print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("recipe")
+    parser = options(__doc__)
     parser.add_argument("--grid", choices=list(GRIDS), nargs="+", default=["smooth", "rectify"])
-    parser.add_argument("--set", dest="assignments", nargs="+", action="extend", default=[])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--work", default="runs/search", help="folder for dense starts")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no new run after this long")
     args = parser.parse_args()
     begin = time.monotonic()
@@ -227,19 +219,9 @@ def main() -> None:
     rows = list(saved)
 
     def save() -> None:
-        shown = " ".join(f"--set {a}" for a in args.assignments if not a.startswith("data.root"))
-        head = {
-            "command": f"python benchmarks/search.py {args.recipe} --grid {' '.join(args.grid)} {shown} "
-            f"--seeds {' '.join(map(str, args.seeds))} --jobs {args.jobs} --out {args.out}",
-            "versions": results.versions(),
-            "machine": results.machine(
-                "cuda" if torch.cuda.is_available() and settings.device == "auto" else "cpu", args.jobs
-            ),
-            "recipe": results.anonymous(settings.to_dict()),
-        }
-        results.write(args.out, json.dumps({**head, "rows": rows}, indent=1))
+        results.write(args.out, json.dumps({**made(args, settings, "grid"), "rows": rows}, indent=1))
 
-    starts = Path(args.work) / "starts"
+    starts = args.work / "starts"
     names: dict[Any, str] = {}
     chains = []
     for seed in args.seeds:
