@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from decay_pruning.errors import BudgetError, ConfigError
+from decay_pruning.errors import BudgetError, ConfigError, DecayPruningError
 from decay_pruning.lab import compare, parallel
 from decay_pruning.lab.parallel import Chain
 
@@ -44,6 +44,12 @@ def test_what_comes_second_waits_and_a_failed_start_stops_only_its_own(tmp_path:
     assert isinstance(outcomes[bad[0]], ConfigError) and str(outcomes[bad[0]]) == "no start"
     assert len(found) == 4 and not (tmp_path / "never").exists()
     assert str(os.getpid()) not in {(tmp_path / f"run{i}").read_text() for i in range(3)}
+
+
+def test_a_process_that_dies_is_said(tmp_path: Path) -> None:
+    chains = [Chain(partial(note, tmp_path, "start"), [partial(os._exit, 1), partial(note, tmp_path, "a")])]
+    with pytest.raises(DecayPruningError, match=r"one of 1 processes died.*try fewer jobs"):
+        list(parallel.run(chains, 1))
 
 
 def note_and_wait(file: Path) -> None:

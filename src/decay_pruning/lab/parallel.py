@@ -7,11 +7,13 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from decay_pruning.errors import DecayPruningError
 
 #: What a process can be handed: a function of a module, or a `functools.partial` of one, whose values can be pickled.
 Call = Callable[[], Any]
@@ -36,6 +38,9 @@ def run(chains: Sequence[Chain], jobs: int) -> Iterator[tuple[Call, Any]]:
     Yields:
         each call that came second, with what it returned or the exception that it raised, as they come. Where a first
         call raises, this is the outcome of all that wait for it. Whoever stops early leaves the rest undone.
+
+    Raises:
+        DecayPruningError: a process died.
     """
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin, initargs=(threads(jobs),))
@@ -45,12 +50,18 @@ def run(chains: Sequence[Chain], jobs: int) -> Iterator[tuple[Call, Any]]:
             for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                 call = waiting.pop(future)
                 outcome = future.exception() or future.result()
+                if isinstance(outcome, BrokenExecutor):
+                    raise outcome
                 if not isinstance(call, Chain):
                     yield call, outcome
                 elif isinstance(outcome, BaseException):
                     yield from ((each, outcome) for each in call.then)
                 else:
                     waiting |= {pool.submit(each): each for each in call.then}
+    except BrokenExecutor:
+        raise DecayPruningError(
+            f"one of {jobs} processes died, perhaps for want of memory: finished runs are kept; try fewer jobs"
+        ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
