@@ -25,6 +25,15 @@ from decay_pruning.lab.parallel import Chain
 #: variation → (arm, assignments)
 Grid = dict[str, tuple[str, list[str]]]
 
+LARGE_PICKS = ["prune.host.share=0.25", "prune.host.tick=60", "prune.smooth.steps=60"]
+#: One step, or a decay under Gate Decorator.
+FADING: Grid = {
+    "single": ("single", []),
+    "gates, in tick": ("sp", []),
+    "all, in tick": ("sp", ["prune.smooth.slices=all"]),
+    "all, in own": ("sp", ["prune.smooth.slices=all", "prune.host.decay_in=own"]),
+}
+
 GRIDS: dict[str, Grid] = {
     "arms": {arm: (arm, []) for arm in results.ARMS},
     "smooth": {
@@ -72,11 +81,10 @@ GRIDS: dict[str, Grid] = {
     "criteria": {  # by what the structures to release are chosen; docs/rectifying.md
         "single": ("single", []),
         "sp": ("sp", []),
-        "sr, C_rate > 0 and C_len > 0": ("sr", ["prune.rectify.t_rate=0", "prune.rectify.t_len=0"]),
-        "sr, C_rate > 0.02 and C_len > 0.01": ("sr", ["prune.rectify.criterion=rate_and_len"]),
-        "sr, C_rate > 0.05": ("sr", ["prune.rectify.criterion=rate", "prune.rectify.t_rate=0.05"]),
         "sr, largest |<g, w>|": ("sr", ["prune.rectify.criterion=first_order"]),
+        "sr, C_rate > 0.02 and C_len > 0.01": ("sr", ["prune.rectify.criterion=rate_and_len"]),
         "sr, at random": ("sr", ["prune.rectify.criterion=random"]),
+        "sp, without the first stream": ("sp", ['prune.host.ignored=["conv1"]']),  # which SR releases
     },
     "verdict": {  # when SR judges, on which average, how many go, and what becomes of them
         "single": ("single", []),
@@ -145,16 +153,11 @@ GRIDS: dict[str, Grid] = {
         },
     },
     "large-picks": {  # Gate Decorator when it prunes a quarter of the gates at a time: is there a cliff then?
-        f"{name}, large picks": (
-            arm,
-            ["prune.host.share=0.25", "prune.host.tick=60", "prune.smooth.steps=60", *extra],
-        )
-        for name, arm, extra in (
-            ("single", "single", []),
-            ("gates, in tick", "sp", []),
-            ("all, in tick", "sp", ["prune.smooth.slices=all"]),
-            ("all, in own", "sp", ["prune.smooth.slices=all", "prune.host.decay_in=own"]),
-        )
+        f"{name}, large picks": (arm, [*LARGE_PICKS, *extra]) for name, (arm, extra) in FADING.items()
+    },
+    "large-picks-fast": {  # the same where Ticks and decays have the highest learning rate: can more adapt?
+        f"{name}, large picks at 0.03": (arm, [*LARGE_PICKS, "prune.host.lr_min=0.03", *extra])
+        for name, (arm, extra) in FADING.items()
     },
 }
 

@@ -294,6 +294,22 @@ def diagnosis(path: Path, values: dict[str, Any]) -> str:
     )
 
 
+def together(path: Path, values: dict[str, Any]) -> str:
+    """One result of `benchmarks/together.py`."""
+    rows, cells = values["rows"], []
+    for group in dict.fromkeys(row["group"] for row in rows):
+        mine = [row for row in rows if row["group"] == group]
+        cells.append([f"`{group}`", str(mine[0]["structures"]), _mean(row["picked"] for row in mine)])
+        cells[-1] += [spread([row[key] for row in mine]).show(3) for key in ("together", "one_by_one")]
+    said = made(path, values["machine"], values["versions"], values["command"])
+    return (
+        f"### {path.stem}\n\n{values['recipe']['title']}, {tested(values['recipe'])}. Loss increase where all picks "
+        "of a layer group are removed from the dense start at once, and the sum over them of removing each alone. "
+        f"{said}\n\n"
+        + table(["layer group", "structures", "picked", "together", "one by one, summed"], cells)
+    )
+
+
 def causes(path: Path, values: dict[str, Any]) -> str:
     """One result of `benchmarks/causes.py`."""
     names = {
@@ -389,11 +405,13 @@ def pages(root: Path) -> dict[Path, str]:
     searches = {path: values for path, values in files.items() if path.name.startswith("search-")}
     diagnoses = {path: values for path, values in files.items() if path.name.startswith("diagnose-")}
     reasons = {path: values for path, values in files.items() if path.name.startswith("causes-")}
-    others = {*found, *searches, *diagnoses, *reasons}
+    joint = {path: values for path, values in files.items() if path.name.startswith("together-")}
+    others = {*found, *searches, *diagnoses, *reasons, *joint}
     costs = {path: values for path, values in files.items() if path not in others}
     parts = [HEAD, "## Comparisons", *(comparison(*each) for each in {**final, **found}.items())]
     parts += [SEARCHES, *(search(*each) for each in searches.items())]
     parts += [DIAGNOSES, *(diagnosis(*each) for each in diagnoses.items())] if diagnoses else []
+    parts += [together(*each) for each in joint.items()]
     parts += [CAUSES, *(causes(*each) for each in reasons.items())] if reasons else []
     parts += ["## Costs", *(cost(*each) for each in costs.items())]
     parts += ["## Recipes", used(root, files)]

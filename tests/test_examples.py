@@ -1,5 +1,6 @@
 """What the README shows runs."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,19 @@ def test_own_loop(tmp_path):
     assert (tmp_path / "digits-pruned.safetensors").stat().st_size > 0
 
 
+def anchors(page: Path) -> set[str]:
+    """What its headings can be linked as: small letters, no punctuation, hyphens for spaces."""
+    heads = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
 def test_every_link_and_file_that_the_docs_name_exists():
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for part in page.read_text(encoding="utf-8").split("](")[1:]:
-            target = part.partition(")")[0]
-            if not target.startswith("http"):
-                assert (page.parent / target).exists(), f"{page.name} links to {target}"
+            link = part.partition(")")[0]
+            if link.startswith("http"):
+                continue
+            name, _, anchor = link.partition("#")
+            target = page.parent / name if name else page
+            assert target.exists(), f"{page.name} links to {link}"
+            assert not anchor or anchor in anchors(target), f"{page.name} links to {link}"

@@ -114,6 +114,16 @@ def test_a_diagnosis_is_the_mean_of_its_rows(root: Path) -> None:
     assert row_of(page, "diagnose-global", "C_rate")[1:6] == [f"{mean:.2f}" for mean in means]
 
 
+def test_what_goes_together_is_a_mean_over_seeds(root: Path) -> None:
+    values = json.loads((ROOT / "results" / "together-depgraph.json").read_text())
+    (root / "results" / "together-depgraph.json").write_text(json.dumps(values))
+    page, _ = tables.pages(root).values()
+    mine = [row for row in values["rows"] if row["group"] == "conv1"]
+    shown = row_of(page, "together-depgraph", "`conv1`")
+    assert shown[1:3] == ["16", f"{sum(row['picked'] for row in mine) / len(mine):.1f}"]
+    assert shown[3].startswith(f"{sum(row['together'] for row in mine) / len(mine):.3f} ± ")
+
+
 def test_causes_show_every_figure(root: Path) -> None:
     names = ("loss_before", "loss_highest", "jump", "removed", "removed_refreshed", "end", "end_refreshed")
     rows = [
