@@ -145,6 +145,21 @@ def test_resuming_runs_only_what_is_missing(tmp_path: Path) -> None:
     ]
 
 
+def test_arms_of_a_seed_share_one_dense_start_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    original = compare.dense_start
+
+    def counted(recipe: Recipe, data: Any, seed: int, *rest: Any) -> Any:
+        asked.append(seed)
+        return original(recipe, data, seed, *rest)
+
+    monkeypatch.setattr(compare, "dense_start", counted)
+    compare.compare(small(), ["single", "dense"], [0, 1], tmp_path)
+    assert asked == [0, 1]
+
+
 def test_another_recipe_does_not_mix_in(tmp_path: Path, finished: tuple[Path, Result]) -> None:
     _, result = finished
     result.save(tmp_path / "result.json")

@@ -151,9 +151,16 @@ def compare(
                 keep = out / "models" / f"{arm}-{seed}.safetensors" if recipe.report.save_models else None
                 runs.setdefault(seed, []).append(partial(run_from, recipe, arm, seed, folder, save_to=keep))
     if jobs == 1:
-        outcomes: Generator[Any, None, None] = (
-            run(data=data, watch=watch) for each in runs.values() for run in each
-        )
+
+        def in_turn() -> Generator[Run, None, None]:
+            for seed, each in runs.items():
+                start = dense_start(
+                    recipe, data, seed, folder, watch
+                )  # once: other ranks may not see the file
+                for run in each:
+                    yield run(data=data, start=start, watch=watch)
+
+        outcomes: Generator[Any, None, None] = in_turn()
     else:
         first = {seed: partial(make_start, recipe, seed, folder) for seed in runs}
         outcomes = (o for _, o in parallel.run([Chain(first[s], runs[s]) for s in runs], jobs))
@@ -181,18 +188,19 @@ def run_from(
     folder: Path,
     *,
     data: Data | None = None,
+    start: nn.Module | None = None,
     watch: Watch | None = None,
     save_to: Path | None = None,
 ) -> Run:
-    """`run_arm` from the dense start that `folder` holds, or that is trained first; data are loaded if not given.
+    """`run_arm` from the dense start that `folder` holds, or that is trained first; what is given is not loaded.
 
     Raises:
         Whatever the run raises, with arm and seed in front.
     """
     data = recipe.data.load() if data is None else data
-    model = dense_start(recipe, data, seed, folder, watch)
+    start = dense_start(recipe, data, seed, folder, watch) if start is None else start
     try:
-        return run_arm(recipe, arm, seed, data, model, watch=watch, save_to=save_to)
+        return run_arm(recipe, arm, seed, data, start, watch=watch, save_to=save_to)
     except DecayPruningError as error:
         raise type(error)(f"arm {arm}, seed {seed}: {error}") from error
 
