@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 from torch.utils._pytree import tree_leaves
 
-from decay_pruning.counting._makers import VIEWS, Makers
+from decay_pruning.counting._makers import CONSTANT, VIEWS, Axes, aligned
 from decay_pruning.counting._products import RULES, Ledger, Product, attention
 from decay_pruning.errors import GraphError
 from decay_pruning.surgery import call, untouched
@@ -34,6 +34,8 @@ def count(model: nn.Module, example_inputs: Any) -> list[Product]:
         try:
             with _Attention(counter), counter:
                 call(model, example_inputs)
+        except GraphError:
+            raise
         except Exception as error:
             raise GraphError(
                 f"the model does not run on its example inputs: {type(error).__name__}: {error}"
@@ -46,7 +48,7 @@ def _eager() -> Iterator[None]:
     """Inside, torch does in products what it has fused kernels for that hide them."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    compiled = "torch._dynamo" in sys.modules  # a costly import
+    compiled = {"torch._dynamo", "torch.nn.attention.flex_attention"} & sys.modules.keys()  # a costly import
     try:
         with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
             yield
@@ -74,7 +76,7 @@ def _module_paths(model: nn.Module, running: list[str]) -> Iterator[None]:
 
 
 class _Counter(TorchDispatchMode):
-    """Counts every product, and carries the makers of every dimension along."""
+    """Counts every product, and carries what made each dimension along."""
 
     supports_higher_order_operators = True
 
@@ -92,6 +94,8 @@ class _Counter(TorchDispatchMode):
         if any(is_traceable_wrapper_subclass_type(t) for t in types):
             return NotImplemented  # the tensors inside of it come by
         name = func._schema.name if hasattr(func, "_schema") else func.name()
+        if any(isinstance(t, Tensor) and t.is_nested for t in tree_leaves((args, kwargs))):
+            raise GraphError(f"products of nested tensors cannot be counted ({name}): pad them to one length")
         rule = RULES.get(name)
         if rule is None and hasattr(func, "decompose"):  # what inference mode leaves whole
             with self:
@@ -121,10 +125,10 @@ class _Counter(TorchDispatchMode):
         for each in tree_leaves(out):
             if not isinstance(each, Tensor):
                 continue
-            axes: list[Makers] = [{}] * each.ndim
+            axes: Axes = [CONSTANT] * each.ndim
             for t in tensors:
                 if t.ndim == each.ndim:
-                    axes = [own or new for own, new in zip(axes, self.ledger.axes(t), strict=True)]
+                    axes = aligned(axes, each.shape, self.ledger.axes(t), t.shape)
             self.ledger.note(each, axes)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from decay_pruning.counting._makers import Axes, Makers, joined
+from decay_pruning.counting._makers import CONSTANT, Axes, Axis, Makers, joined
 
 
 @dataclass(frozen=True)
@@ -30,39 +30,39 @@ class Product:
 
 
 class Ledger:
-    """All products so far, and the makers of every tensor that is alive."""
+    """All products so far, and the dimensions of every tensor that is alive."""
 
     def __init__(self, model: nn.Module) -> None:
         self.products: list[Product] = []
         self.path = [""]  #: the modules that are running, innermost last
         self._axes = WeakTensorKeyDictionary()
         for name, tensor in [*model.named_buffers(), *model.named_parameters()]:
-            self._axes[tensor] = [{(name, d): 1.0} for d in range(tensor.ndim)]
+            self._axes[tensor] = [Axis(((n, {(name, d): 1.0}),)) for d, n in enumerate(tensor.shape)]
 
     def axes(self, tensor: Tensor) -> Axes:
-        """Makers of every dimension."""
+        """Its dimensions, and what made them."""
         found: Axes | None = self._axes.get(tensor)
-        return found if found is not None and len(found) == tensor.ndim else [{}] * tensor.ndim
+        return found if found is not None and len(found) == tensor.ndim else [CONSTANT] * tensor.ndim
 
     def note(self, tensor: Tensor, axes: Axes) -> None:
-        """From now on these are its makers."""
+        """From now on these are its dimensions."""
         self._axes[tensor] = axes
 
-    def add(self, macs: int, makers: Iterable[Makers]) -> None:
-        """Note a product that grows with all of these."""
-        self.products.append(Product(self.path[-1], int(macs), joined(makers)))
+    def add(self, macs: int, axes: Iterable[Axis]) -> None:
+        """Note a product over all of these."""
+        self.products.append(Product(self.path[-1], int(macs), joined(axes)))
 
     def multiply(self, a: Tensor, b: Tensor, spec: str) -> Axes:
-        """Note the product of two tensors in Einstein's notation; the makers of its result."""
+        """Note the product of two tensors in Einstein's notation; the axes of its result."""
         left, right, result = _letters(spec, a.ndim)
         size: dict[str, int] = {}
-        makers: dict[str, Makers] = {}
+        axes: dict[str, Axis] = {}
         for letters, tensor in ((left, a), (right, b)):
             for letter, extent, axis in zip(letters, tensor.shape, self.axes(tensor), strict=True):
                 size[letter] = max(size.get(letter, 1), extent)
-                makers[letter] = axis or makers.get(letter, {})
-        self.add(math.prod(size.values()) if a.numel() and b.numel() else 0, makers.values())
-        return [makers[letter] for letter in result]
+                axes[letter] = axis or axes.get(letter, CONSTANT)
+        self.add(math.prod(size.values()) if a.numel() and b.numel() else 0, axes.values())
+        return [axes[letter] for letter in result]
 
 
 def _letters(spec: str, ndim: int) -> tuple[str, str, str]:
@@ -144,7 +144,7 @@ def _recurrent(ledger: Ledger, out: Tensor, x: Tensor, *args: Any, **_: Any) -> 
     for weight in tree_leaves(lists or args[:2]):
         if isinstance(weight, Tensor) and weight.ndim == 2:
             ledger.add(tokens * weight.numel(), [*ledger.axes(x)[:-1], *ledger.axes(weight)])
-    return [{}] * out.ndim
+    return [CONSTANT] * out.ndim
 
 
 def _grouped(ledger: Ledger, out: Tensor, a: Tensor, b: Tensor, *_: Any, **__: Any) -> Axes:
@@ -154,28 +154,28 @@ def _grouped(ledger: Ledger, out: Tensor, a: Tensor, b: Tensor, *_: Any, **__: A
     macs = (a.shape[0] if stacked else 1) * a.shape[-2] * a.shape[-1] * b.shape[-1]
     batch = [columns[0]] if stacked else []
     ledger.add(macs, [*batch, rows[-2], columns[-2] or rows[-1], columns[-1]])
-    return [{}] * (out.ndim - 2) + [rows[-2], columns[-1]]
+    return [CONSTANT] * (out.ndim - 2) + [rows[-2], columns[-1]]
 
 
 def _bilinear(ledger: Ledger, out: Tensor, x: Tensor, weight: Tensor, *_: Any, **__: Any) -> Axes:
     """xᵀ W y, as it is done for `F.bilinear`: every weight is used once per row."""
     rows = math.prod(x.shape) // max(1, weight.shape[-2])
     ledger.add(rows * weight.numel(), ledger.axes(weight)[-3:])
-    return [{}] * out.ndim
+    return [CONSTANT] * out.ndim
 
 
 def _deformable(ledger: Ledger, out: Tensor, x: Tensor, weight: Tensor, *_: Any, **__: Any) -> Axes:
     """A convolution at learned positions."""
     w = ledger.axes(weight)
     ledger.add(out.shape[0] * math.prod(out.shape[2:]) * weight.numel(), w)
-    return [{}, w[0], *[{}] * (out.ndim - 2)]
+    return [CONSTANT, w[0], *[CONSTANT] * (out.ndim - 2)]
 
 
 def _embedding(ledger: Ledger, out: Tensor, weight: Tensor, ids: Tensor, *_: Any, **__: Any) -> Axes:
     return [*ledger.axes(ids), ledger.axes(weight)[-1]]
 
 
-#: Operator → (ledger, result, arguments) → makers of the result. Those that this torch does not have do no harm.
+#: Operator → (ledger, result, arguments) → axes of the result. Those that this torch does not have do no harm.
 RULES: dict[str, Callable[..., Axes]] = {
     **{name: _product(*how) for name, how in _PRODUCTS.items()},
     **dict.fromkeys(_ATTENTION, attention),
