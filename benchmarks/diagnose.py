@@ -41,7 +41,9 @@ from decay_pruning.lab.data import Batches, Data
 from decay_pruning.lab.models import BasicBlock, Bottleneck
 from decay_pruning.lab.trainer import Step, train
 from decay_pruning.rectify import SelfRectifying
-from decay_pruning.structures import Role, SliceBatch, StructureSet
+from decay_pruning.resistance import Parallel
+from decay_pruning.slices import SliceBatch
+from decay_pruning.structures import Role, StructureSet
 
 STAGES = (0.1, 0.25, 0.5, 0.75, 0.9)
 WEIGHED = (0.25, 0.5, 0.75)  # of them, where structures are weighed in the network as it is then
@@ -144,6 +146,8 @@ class Diary:
         structures = self._pruner.structures
         self._batch = _batch(structures, self._picked, self._parameters)
         self._start = self._batch.norms(self._parameters)
+        gone = self._pruner.engine.fading()
+        self._parallel = Parallel(structures, self._batch, gone, self._parameters, frozenset(Role))
         role = {c.place: c.role for g in structures.groups.values() for c in g.couplings}
         works = torch.tensor([role[place] in FUNCTION for place in self._batch.places])
         self._works = works[self._batch.slice_place].to(self._batch.dtype)
@@ -179,6 +183,7 @@ class Diary:
             self._begin()
         gradients = {name: p.grad for name, p in self._parameters.items()}
         self._note(("ww", "wg", "gg"), self._batch.moments(self._parameters, gradients))
+        self._series.setdefault("parallel", []).append(self._parallel.c_len(gradients))
         rate = self._optimizer.param_groups[0]["lr"]
         self._series.setdefault("lr", []).append(torch.tensor(float(rate)))
         self._before = {name: p.detach().clone() for name, p in self._parameters.items()}
@@ -353,19 +358,24 @@ def criteria(raw: Mapping[str, Any], stage: float, beta: float | None) -> dict[s
     moved = s["wd"] / w
     groups = torch.tensor([sorted({k[0] for k in raw["keys"]}).index(k[0]) for k in raw["keys"]])
     score = raw["score"].double()
-    c_rate, c_len = mean(out / w / s["gg"].sqrt()), mean(lr * out / w) / (m / N)
+    outward, regrowth = mean(out / w / s["gg"].sqrt()), mean(lr * out / w) / (m / N)
     signed, magnitude = mean(out), mean(out.abs())
     f = -s["wg_function"]
-    c_rate_f = mean(f / w_f / s["gg_function"].sqrt().clamp_min(1e-30))
-    c_len_f = mean(lr * f / w_f) / (m_f / N)
+    outward_f = mean(f / w_f / s["gg_function"].sqrt().clamp_min(1e-30))
+    regrowth_f = mean(lr * f / w_f) / (m_f / N)
     update = mean(moved) / (m / N)
+    gain = (s["ww"] + 2 * s["wd"] + s["dd"]).clamp_min(0).sqrt() - w
+    escape = mean(gain / s["dd"].sqrt().clamp_min(1e-30))
     deviation = (mean(out.square()) - signed.square()).clamp_min(1e-30).sqrt()
     found = {
         "host score at the pick": score,
         "norm at the pick": m,
         "norm at the pick, norm and columns": m_f,
-        "C_rate": c_rate,
-        "C_len": c_len,
+        "C_rate": escape,
+        "C_rate, per decay": mean(gain) / (m / N),
+        "C_len": mean(s["parallel"]),
+        "outward": outward,
+        "regrowth": regrowth,
         "growth ρ": mean(out / w),
         "|⟨g, w⟩|": magnitude,
         "−⟨g, w⟩": signed,
@@ -373,23 +383,26 @@ def criteria(raw: Mapping[str, Any], stage: float, beta: float | None) -> dict[s
         "−⟨g, w⟩ over its deviation": signed / deviation,
         "−⟨g, w⟩ per lost length": mean(out / left.clamp_min(1e-9) * (1 - left)),
         "ρ · norm at the pick": mean(out / w) * m,
-        "update, C_len": update,
-        "update, C_rate": mean(moved / s["dd"].sqrt().clamp_min(1e-30)),
+        "regrowth by the optimizer's own move": update,
+        "outward, of the optimizer's own move": mean(moved / s["dd"].sqrt().clamp_min(1e-30)),
         "update without weight decay, ⟨Δ, w⟩": mean(s["wd"] + drag * w),
-        "C_rate of norm and columns": c_rate_f,
-        "C_len of norm and columns": c_len_f,
-        "C_rate, z in its layer": within(c_rate, groups),
-        "C_len, z in its layer": within(c_len, groups),
+        "outward of norm and columns": outward_f,
+        "regrowth of norm and columns": regrowth_f,
+        "outward, z in its layer": within(outward, groups),
+        "regrowth, z in its layer": within(regrowth, groups),
         "−⟨g, w⟩, z in its layer": within(signed, groups),
         "|⟨g, w⟩|, z in its layer": within(magnitude, groups),
         "|⟨g, w⟩| per MAC": magnitude / raw["macs"],
         "−⟨g, w⟩ per MAC": signed / raw["macs"],
         "host score per MAC": score / raw["macs"],
     }
-    for name in ("C_rate", "C_len", "growth ρ", "−⟨g, w⟩", "|⟨g, w⟩|", "C_len of norm and columns"):
+    for name in ("outward", "regrowth", "growth ρ", "−⟨g, w⟩", "|⟨g, w⟩|", "regrowth of norm and columns"):
         found[f"rank of host score × rank of {name}"] = ranks(score) * ranks(found[name])
+    for name in ("C_rate", "C_len"):  # does it know something that |⟨g, w⟩| does not?
+        found[f"rank of |⟨g, w⟩| × rank of {name}"] = ranks(magnitude) * ranks(found[name])
+    found["rank of C_rate × rank of C_len"] = ranks(escape) * ranks(found["C_len"])
     found["rank of norm × rank of |⟨g, w⟩|"] = ranks(m) * ranks(magnitude)
-    found["rank of norm × rank of update, C_len"] = ranks(m) * ranks(update)
+    found["rank of norm × rank of update, regrowth"] = ranks(m) * ranks(update)
     found["norm at the pick, z in its layer"] = within(m, groups)
     return found
 
@@ -452,19 +465,18 @@ def truths(raw: Mapping[str, Any], stage: float) -> dict[str, tuple[Tensor, Tens
     return found
 
 
-def thresholds(c_rate: Tensor, c_len: Tensor) -> dict[str, Tensor]:
-    """What the criteria named in the paper let go at their usual thresholds, at zero, and under the cap."""
-    default = SelfRectifying()
-    t_rate, t_len = default.thresholds
-    rate, length = c_rate > t_rate, c_len > t_len
-    first = ranks(-torch.where(rate & length, c_len, -torch.inf)) <= default.most(len(c_rate))
+def thresholds(rates: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+    """What the paper's criteria let go at the default thresholds, and under the cap."""
+    paper = SelfRectifying.paper()
+    t_rate, t_len = paper.thresholds
+    rate, length = rates > t_rate, lengths > t_len
+    most = SelfRectifying().most(len(rates))
+    first = ranks(-torch.where(rate & length, lengths, -torch.inf)) <= most
     return {
         f"C_rate > {t_rate}": rate,
         f"C_len > {t_len}": length,
         f"C_rate > {t_rate} and C_len > {t_len}": rate & length,
         "the same, at most 5 %": rate & length & first,
-        "C_rate > 0": c_rate > 0,
-        "C_len > 0": c_len > 0,
     }
 
 
@@ -516,7 +528,7 @@ def figures(raw: Mapping[str, Any], local: bool) -> list[dict[str, Any]]:
             rows += [{**row, "criterion": name, **of(figure)} for name, figure in plain.items()]
             rows += [
                 {**row, "criterion": f"{name}, exponential average", **of(exponential[name])}
-                for name in ("C_rate", "C_len", "−⟨g, w⟩", "|⟨g, w⟩|", "update, C_len")
+                for name in ("C_rate", "C_len", "outward", "regrowth", "−⟨g, w⟩", "|⟨g, w⟩|")
             ]
             good = ranks(-value) <= max(1, round(SHARES[-1] * len(index)))
             for name, chosen in thresholds(plain["C_rate"], plain["C_len"]).items():

@@ -38,7 +38,7 @@ def bench(outer: int, hidden: int, repeats: int) -> dict[str, Any]:
         Target(structures=0.9),
         host=Custom(tenth),
         smooth=SmoothPruning(steps=10**9),
-        rectify=SelfRectifying(t_rate=1.0, warmup=0.0, judge_from=0.0),
+        rectify=SelfRectifying(t_rate=1.0, criterion="outward", warmup=0.0, judge_from=0.0),
     )
     times = []
     for _ in range(repeats + 2):

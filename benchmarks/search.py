@@ -21,6 +21,7 @@ from trials import made, options
 from decay_pruning import rectify
 from decay_pruning.lab import compare, parallel, recipe, results
 from decay_pruning.lab.parallel import Chain
+from decay_pruning.resistance import Resistance
 
 #: variation → (arm, assignments)
 Grid = dict[str, tuple[str, list[str]]]
@@ -61,11 +62,11 @@ GRIDS: dict[str, Grid] = {
                 ],
             )
             for rate, length, share in (
-                (0.0, 0.0, 0.02),
-                (0.0, 0.0, 0.05),
-                (0.0, 0.0, 0.15),
-                (0.02, 0.01, 0.05),
-                (0.05, 0.02, 0.15),
+                (0.0, 1.0, 0.05),
+                (0.0, 1.0, 0.15),
+                (0.0, 1.0, 1.0),
+                (0.0, 2.0, 1.0),
+                (0.1, 1.0, 1.0),
             )
         },
     },
@@ -82,7 +83,8 @@ GRIDS: dict[str, Grid] = {
         "single": ("single", []),
         "sp": ("sp", []),
         "sr, largest |<g, w>|": ("sr", ["prune.rectify.criterion=first_order"]),
-        "sr, C_rate > 0.02 and C_len > 0.01": ("sr", ["prune.rectify.criterion=rate_and_len"]),
+        "sr, outward > 0.02 and regrowth > 0.01": ("sr", ["prune.rectify.criterion=outward_and_regrowth"]),
+        "sr, the paper's criteria": ("sr", ["prune.rectify.criterion=rate_and_len"]),
         "sr, at random": ("sr", ["prune.rectify.criterion=random"]),
         "sp, without the first stream": ("sp", ['prune.host.ignored=["conv1"]']),  # which SR releases
     },
@@ -162,7 +164,7 @@ GRIDS: dict[str, Grid] = {
 }
 
 
-def at_random(seen: rectify.Resistance, settings: rectify.SelfRectifying) -> torch.Tensor:
+def at_random(seen: Resistance, settings: rectify.SelfRectifying) -> torch.Tensor:
     """What a criterion has to beat: as many released structures, drawn by chance."""
     return torch.rand(seen.c_rate.shape, device=seen.c_rate.device)
 

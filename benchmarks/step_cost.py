@@ -6,6 +6,7 @@
 Per model, with a tenth of all structures decaying:
   sp      smooth pruning: the projection after the optimizer step
   sp_sr   the same with the measurement of resistance before it (never releasing, so that it is all work)
+  paper_sp, paper_sr_rate, paper_sr   the same by the paper's rule: its projection, with C_rate, and with C_len, too
   idle    a pruner whose first pick is still to come
   peer    torch-pruning's own group regulariser (`GroupNormPruner.regularize`), once per step
 Each figure is the median over repeats, in turn with forward + backward.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -58,16 +60,25 @@ def bench(name: str, batch: int, device: torch.device, repeats: int) -> dict[str
             p.grad = None
         nn.functional.cross_entropy(model(x), y).backward()
 
-    def pruner(start: int, rectify: SelfRectifying | None) -> Pruner:
+    def pruner(start: int, smooth: SmoothPruning, rectify: SelfRectifying | None) -> Pruner:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         return Pruner(model, example, optimizer, Target(structures=0.9), host=Custom(tenth), start=start,
-                      smooth=SmoothPruning(steps=10**9), rectify=rectify)  # fmt: skip
+                      smooth=smooth, rectify=rectify)  # fmt: skip
 
-    never = SelfRectifying(t_rate=1.0, warmup=0.0, judge_from=0.0)
+    never = SelfRectifying(t_rate=1.0, criterion="outward_and_regrowth", warmup=0.0, judge_from=0.0)
+    paper = SmoothPruning.paper(10**9)
+    arms_of = {
+        "sp": (0, SmoothPruning(steps=10**9), None),
+        "sp_sr": (0, SmoothPruning(steps=10**9), never),
+        "paper_sp": (0, paper, None),
+        "paper_sr_rate": (0, paper, SelfRectifying(t_rate=1.0, criterion="rate", warmup=0.0, judge_from=0.0)),
+        "paper_sr": (0, paper, replace(SelfRectifying.paper(t_rate=1.0), judge_from=0.0)),
+        "idle": (10**9, SmoothPruning(steps=10**9), never),
+    }
     forward_backward()
     arms: dict[str, Pruner] = {}
-    for arm, start, rectify in (("sp", 0, None), ("sp_sr", 0, never), ("idle", 10**9, never)):
-        arms[arm] = pruner(start, rectify)
+    for arm, settings in arms_of.items():
+        arms[arm] = pruner(*settings)
         arms[arm].engine.before_step()
         arms[arm].engine.after_step()
     decaying = len(arms["sp_sr"].engine.decaying)

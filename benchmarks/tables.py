@@ -179,7 +179,7 @@ def search(path: Path, values: dict[str, Any]) -> str:
         common = [seed for seed in runs if seed in single]
         before, after = ([of[seed]["accuracy"] for seed in common] for of in (single, runs))
         accuracy = spread([run["accuracy"] for run in runs.values()])
-        cells = [name, accuracy.show(), against(paired(before, after) if common else None)]
+        cells = [today(name), accuracy.show(), against(paired(before, after) if common else None)]
         cells += [_mean(run["accuracy_removed"] for run in runs.values())]
         cells += [_mean(100 * run["macs"][1] / run["macs"][0] for run in runs.values())]
         cells += [_mean(run["released"] for run in runs.values()), str(len(runs))]
@@ -205,20 +205,41 @@ def _mean(values: Iterable[float | None], digits: int = 1) -> str:
 
 
 #: Criteria of a diagnosis that are shown; the file holds more.
-CRITERIA = ["|⟨g, w⟩|", "norm at the pick", "−⟨g, w⟩", "growth ρ", "C_len", "C_rate", "update, C_len"]
+CRITERIA = ["|⟨g, w⟩|", "norm at the pick", "−⟨g, w⟩", "growth ρ", "C_len", "C_rate", "C_rate, per decay"]
+CRITERIA += ["regrowth", "outward", "regrowth by the optimizer's own move"]
 CRITERIA += [
-    "C_len of norm and columns",
-    "C_len, z in its layer",
+    "regrowth of norm and columns",
+    "regrowth, z in its layer",
     "|⟨g, w⟩|, z in its layer",
     "|⟨g, w⟩| per MAC",
 ]
-CRITERIA += ["rank of host score × rank of |⟨g, w⟩|", "rank of host score × rank of C_len"]
+CRITERIA += ["rank of host score × rank of |⟨g, w⟩|", "rank of host score × rank of regrowth"]
+CRITERIA += ["rank of |⟨g, w⟩| × rank of C_rate", "rank of |⟨g, w⟩| × rank of C_len"]
+CRITERIA += ["rank of C_rate × rank of C_len"]
 CRITERIA += ["host score at the pick", "chance", "the truth itself", "the truth itself, per MAC"]
+
+
+#: Until the paper's own criteria were known, others bore their names: what these are called today.
+_TODAY = {"update, C_len": "regrowth by the optimizer's own move", "C_rate": "outward", "C_len": "regrowth"}
+
+
+def today(criterion: str) -> str:
+    """A criterion of an old result file in the words of today."""
+    for old, new in _TODAY.items():
+        criterion = criterion.replace(old, new)
+    return criterion
+
+
+def renamed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of a diagnosis in the words of today."""
+    old = all(row["criterion"] != "outward" for row in rows)
+    return [{**row, "criterion": today(row["criterion"])} for row in rows] if old else rows
 
 
 def diagnosis(path: Path, values: dict[str, Any]) -> str:
     """One result of `benchmarks/diagnose.py`: what criteria know, thresholds, and whether an exchange pays."""
-    rows, said = values["rows"], made(path, values["machine"], values["versions"], values["command"])
+    rows = renamed(values["rows"])
+    said = made(path, values["machine"], values["versions"], values["command"])
     stages = sorted({row["stage"] for row in rows})
     truths = list(dict.fromkeys(row["truth"] for row in rows))
 

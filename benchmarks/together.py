@@ -23,7 +23,8 @@ from decay_pruning import Pruner
 from decay_pruning.lab import compare, parallel, recipe, results
 from decay_pruning.lab.data import Batches
 from decay_pruning.lab.parallel import Chain
-from decay_pruning.structures import Picks, Role, SliceBatch
+from decay_pruning.slices import SliceBatch
+from decay_pruning.structures import Picks, Role
 
 
 def job(path: str, assignments: list[str], seed: int, starts: Path, images: int) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -111,7 +111,11 @@ HOSTS: dict[str, Callable[[], Host]] = {
 ARMS: dict[str, tuple[SmoothPruning, SelfRectifying | None]] = {
     "single": (SmoothPruning.one_step(), None),
     "sp": (SmoothPruning(steps=4), None),
-    "sr": (SmoothPruning(steps=4), SelfRectifying(t_rate=-0.05, t_len=-1.0, max_share=0.5, retries=1)),
+    "sr": (
+        SmoothPruning(steps=4),
+        SelfRectifying(-0.05, -1.0, "outward_and_regrowth", max_share=0.5, retries=1),
+    ),
+    "paper": (SmoothPruning.paper(4), replace(SelfRectifying.paper(t_rate=-0.5, t_len=0.5), max_share=0.5)),
 }
 
 everywhere = pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch
 from decay_pruning import ConfigError, Custom, DepGraph, SelfRectifying, SmoothPruning, Target
 from decay_pruning.engine import Engine
 from decay_pruning.hosts import Picker
-from decay_pruning.structures import SliceBatch
+from decay_pruning.slices import SliceBatch
 
 from .registry import build_model, every_arm, everywhere, example, start
 from .test_reference import make
@@ -180,8 +180,8 @@ def test_a_criterion_that_is_a_figure_releases_the_largest():
     stayed = [values["first_order"] for values in run.pruner.engine.resistance().values()]
     assert len(released) == int(0.3 * picked) == picked - len(stayed)
     assert min(released) >= max(stayed)
-    by_length = [v for e in events if e.kind == "released" for v in e.values["c_len"]]
-    assert min(by_length) < max(values["c_len"] for values in run.pruner.engine.resistance().values())
+    by_length = [v for e in events if e.kind == "released" for v in e.values["regrowth"]]
+    assert min(by_length) < max(values["regrowth"] for values in run.pruner.engine.resistance().values())
 
 
 class OneByOne(Picker):

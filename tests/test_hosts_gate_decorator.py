@@ -463,7 +463,7 @@ def test_release_looks_at_the_joined_gate_vector():
         "gates",
         host=GateDecorator(tick=1, tock=0, share=0.9),
         smooth=SmoothPruning(steps=6, slices="gates"),
-        rectify=SelfRectifying(t_rate=1.0, warmup=0.0),
+        rectify=SelfRectifying(t_rate=1.0, criterion="outward", warmup=0.0),
         target=Target(structures=0.3),
     )
     run.step()
@@ -474,7 +474,7 @@ def test_release_looks_at_the_joined_gate_vector():
     gradient = torch.stack([run.model.bn1.weight.grad, run.model.bn3.weight.grad])
     expected = (-(phi * gradient).sum(0) / phi.norm(dim=0) / gradient.norm(dim=0)).tolist()
     run.optimizer.step()
-    seen = {key: values["c_rate"] for key, values in run.pruner.engine.resistance().items()}
+    seen = {key: values["outward"] for key, values in run.pruner.engine.resistance().items()}
     joined = [i for group, i in seen if group == "conv1"]
     assert joined
     for i in joined:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from decay_pruning import SelfRectifying, SmoothPruning
 from decay_pruning.lab import compare, recipe
 
 from .test_compare import _one_thread as _one_thread
@@ -17,6 +19,15 @@ BY_HOST = {
     "otov2": ["prune.host.deadline=2", "prune.host.remove_every=2"],
     "gate-decorator": ["prune.host.tick=1", "prune.host.tock=1", "prune.host.share=0.6"],
 }
+
+
+@pytest.mark.parametrize("host", ["depgraph", "otov2", "gate-decorator"])
+def test_a_recipe_of_the_papers_rule(host: str) -> None:
+    """It is the rule of the constructors, and nothing else than the recipe without it."""
+    whole = recipe.load(RECIPES[0].parent / f"cifar10-small-{host}-paper.toml").prune
+    ours = recipe.load(RECIPES[0].parent / f"cifar10-small-{host}.toml").prune
+    smooth = SmoothPruning.paper(ours.smooth.steps, slices=ours.smooth.slices)
+    assert whole == replace(ours, smooth=smooth, rectify=SelfRectifying.paper(t_rate=0.0, t_len=1.0))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from decay_pruning import SelfRectifying, SmoothPruning, reference
-from decay_pruning import structures as structures_module
+from decay_pruning import slices as slices_module
 from decay_pruning.engine import Engine
 from decay_pruning.graph import Graph
 from decay_pruning.schedules import linear
@@ -28,15 +28,16 @@ def slices_of(group: LayerGroup, row: int, smooth: SmoothPruning | None) -> list
 
 @pytest.mark.parametrize("name", list(EXACT))
 @pytest.mark.parametrize("bound", ["slice", "joint"])
+@pytest.mark.parametrize("projection", ["shorten", "exact"])
 @pytest.mark.parametrize("small", [2**16, 0], ids=["flat", "blocks"])
-def test_on_networks(name, bound, small, monkeypatch):
-    monkeypatch.setitem(structures_module._SMALL, "cpu", small)
+def test_on_networks(name, bound, projection, small, monkeypatch):
+    monkeypatch.setitem(slices_module._SMALL, "cpu", small)
     model, inputs = make(name, torch.float64)
     structures = Graph(model, inputs, verify=False).structures
     fast = dict(model.named_parameters())
     slow = {n: p.detach().clone().requires_grad_() for n, p in fast.items()}
-    smooth = SmoothPruning(steps=N, bound=bound)
-    rectify = SelfRectifying(t_rate=0.0, t_len=-1.0, warmup=0.0, max_share=1.0)
+    smooth = SmoothPruning(steps=N, bound=bound, projection=projection)
+    rectify = SelfRectifying.paper(t_rate=0.013, t_len=0.97)
     optimizers = [torch.optim.SGD(list(p.values()), lr=0.1, momentum=0.9) for p in (fast, slow)]
     engine = Engine(structures, lambda: fast, optimizers[0], smooth, rectify)
     generator = torch.Generator().manual_seed(1)
@@ -60,13 +61,20 @@ def test_on_networks(name, bound, small, monkeypatch):
         for n in fast:
             fast[n].grad = torch.randn(fast[n].shape, generator=generator, dtype=torch.float64)
             slow[n].grad = fast[n].grad.clone()
-        for _, s in decaying.values():
+        for (group, _), (_, s) in decaying.items():
             if s.alive == "decaying":
-                reference.observe(s, slow, 0.1, warmup=0.0)
+                gone = {r for (g, _), (r, t) in decaying.items() if g == group and t.alive != "released"}
+                rows = set(range(len(structures.groups[group]))) - gone
+                live = [slices_of(structures.groups[group], r, smooth) for r in rows]
+                reference.before_step(s, slow, 0.1, warmup=0.0, parallel=live)
         for optimizer in optimizers:
             optimizer.step()
         states = [s for _, s in decaying.values()]
-        reference.step(states, slow, linear, bound=bound, t_rate=0.0, t_len=-1.0)
+        for s in states:
+            reference.after_step(s, slow)
+        reference.step(
+            states, slow, linear, bound=bound, projection=projection, t_rate=0.013, t_len=0.97
+        )  # fmt: skip
         for (group, _), (row, s) in decaying.items():
             if s.alive == "zero":
                 with torch.no_grad():

@@ -20,14 +20,14 @@ OPTIMIZERS = {
 }
 
 
-def begin(host_name: str, optimizer: str) -> Run:
-    return start("residual", host_name, "sr", optimizer=OPTIMIZERS[optimizer])
+def begin(host_name: str, optimizer: str, arm: str) -> Run:
+    return start("residual", host_name, arm, optimizer=OPTIMIZERS[optimizer])
 
 
-def go_on(folder: Path, host_name: str, optimizer: str) -> None:
+def go_on(folder: Path, host_name: str, optimizer: str, arm: str) -> None:
     """Runs in the new process: finish every run that was stopped."""
     for stop in STOPS:
-        run = begin(host_name, optimizer)
+        run = begin(host_name, optimizer, arm)
         saved = torch.load(folder / f"stop{stop}.pt", weights_only=True)
         run.pruner.load_state_dict(saved["pruner"])
         run.model.load_state_dict(saved["model"])
@@ -41,15 +41,16 @@ def go_on(folder: Path, host_name: str, optimizer: str) -> None:
 
 @pytest.mark.parametrize("host_name", list(HOSTS))
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
-def test_resume_in_a_new_process(tmp_path, host_name, optimizer):
-    run = begin(host_name, optimizer)
+@pytest.mark.parametrize("arm", ["sr", "paper"])
+def test_resume_in_a_new_process(tmp_path, host_name, optimizer, arm):
+    run = begin(host_name, optimizer, arm)
     for step in range(STEPS):
         if step in STOPS:
             state = {"model": run.model, "optimizer": run.optimizer, "pruner": run.pruner}
             torch.save({name: part.state_dict() for name, part in state.items()}, tmp_path / f"stop{step}.pt")
         run.step()
     assert run.pruner.progress().released > 0, "nothing was released, so this would prove little"
-    arguments = f"Path({str(tmp_path)!r}), {host_name!r}, {optimizer!r}"
+    arguments = f"Path({str(tmp_path)!r}), {host_name!r}, {optimizer!r}, {arm!r}"
     code = f"from pathlib import Path; from tests.test_resume import go_on; go_on({arguments})"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
     expected = run.model.state_dict()

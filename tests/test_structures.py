@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from decay_pruning.structures import Sums
+from decay_pruning.slices import Sums
 
 
 @pytest.mark.parametrize("shape", [(), (3,)])

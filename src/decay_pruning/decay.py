@@ -1,13 +1,17 @@
 """Smooth pruning (SP): bring the norm of picked structures to zero over N steps.
 
-After each optimizer step the slices of a decaying structure are projected onto a bound that shrinks with the schedule:
-w ← w · min(1, s(n/N)·m₀ / ‖w‖), with m₀ the norm at the pick (arXiv 2406.03879, Smooth Pruning). Training goes on for
-all weights, the falling ones included; the projection only takes away what is above the bound.
+After each optimizer step a decaying structure w is put onto a norm that shrinks with the schedule s, its direction
+kept; m₀ is its norm at the pick:
+
+    exact     w ← w · s(n/N)·m₀ / ‖w‖             the norm is that of the schedule, up as well as down (the paper's)
+    shorten   w ← w · min(1, s(n/N)·m₀ / ‖w‖)     only what is above the schedule is taken away
+
+Training goes on for all weights, the falling ones included. Source: arXiv 2406.03879, Smooth Pruning; docs/method.md
+says what of it is published.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -16,9 +20,11 @@ from torch import Tensor
 
 from decay_pruning.errors import ConfigError
 from decay_pruning.schedules import Schedule, resolve
-from decay_pruning.structures import Role, SliceBatch
+from decay_pruning.slices import SliceBatch
+from decay_pruning.structures import Role
 
 Bound = Literal["slice", "joint"]
+Projection = Literal["shorten", "exact"]
 SliceChoice = Literal["all", "rows", "norm", "columns", "rows+norm", "norm+columns", "gates"]
 
 _ROWS = frozenset({Role.ROW, Role.BIAS})
@@ -46,8 +52,11 @@ class SmoothPruning:
         slices: which slices are bounded on the way down. Whatever the choice, all of a structure is exactly zero
             at the end. Rows alone are scale-invariant in front of batch-norm, so that nothing fades until the last
             step: docs/how-to-choose.md shows what each choice does to the function.
-        bound: "slice" bounds the norm of each slice (parameter and dimension) by itself, "joint" the norm of all
+        bound: "slice" follows the norm of each slice (parameter and dimension) by itself, "joint" the norm of all
             slices of a structure together.
+        projection: "shorten" only takes away what is above the schedule; "exact" puts the norm onto it, up as well as
+            down. A structure at norm zero has no direction and stays there. Where rows of one decaying structure cross
+            columns of another, both scale the crossing, and either norm ends a little below the schedule.
 
     Raises:
         ConfigError: a value is out of range or unknown.
@@ -57,6 +66,7 @@ class SmoothPruning:
     schedule: str | Schedule = "linear"
     slices: SliceChoice = "all"
     bound: Bound = "slice"
+    projection: Projection = "shorten"
 
     def __post_init__(self) -> None:
         resolve(self.schedule)
@@ -73,6 +83,20 @@ class SmoothPruning:
             raise ConfigError(f"smooth.slices must be one of {', '.join(SLICES)}, not {self.slices!r}")
         if self.bound not in get_args(Bound):
             raise ConfigError(f"smooth.bound must be 'slice' or 'joint', not {self.bound!r}")
+        if self.projection not in get_args(Projection):
+            raise ConfigError(f"smooth.projection must be 'shorten' or 'exact', not {self.projection!r}")
+
+    @classmethod
+    def paper(cls, steps: int | float = 0.2, *, slices: SliceChoice = "all") -> SmoothPruning:
+        """The paper's smooth pruning: (N − n)/N of the norm at the pick after n of N steps, exactly, over all weights.
+
+        Ours are the default of N, and that the weights of a structure are all its slices, columns included.
+
+        Args:
+            steps: N, as in `SmoothPruning`.
+            slices: the structure's weights; "gates" for hosts that prune by gates.
+        """
+        return cls(steps=steps, schedule="linear", slices=slices, bound="joint", projection="exact")
 
     @classmethod
     def one_step(cls) -> SmoothPruning:
@@ -93,29 +117,23 @@ def joint(batch: SliceBatch, norms: Tensor) -> Tensor:
     return batch.per_slot(norms.square()).sqrt()
 
 
-@torch.no_grad()
-def project_(
-    batch: SliceBatch, tensors: Mapping[str, Tensor], start: Tensor, left: Tensor, bound: Bound
-) -> None:
-    """Project the slices of decaying structures onto their bound, in place.
+def factors(batch: SliceBatch, norms: Tensor, start: Tensor, left: Tensor, smooth: SmoothPruning) -> Tensor:
+    """What each slice of decaying structures is multiplied by, shape (slices,).
 
     All norms are taken before anything is scaled, so the order of structures does not matter.
 
     Args:
         batch: the decaying structures.
-        tensors: parameters by name.
-        start: norm of each slice at the pick, shape (slices,).
+        norms: norm of each slice now, shape (slices,).
+        start: the same at the pick.
         left: fraction of the norm that is left, shape (slots,).
-        bound: see `SmoothPruning`.
+        smooth: bound and projection.
     """
-
-    def factors(norms: Tensor) -> Tensor:
-        if bound == "joint":
-            return _shrink(joint(batch, norms), left * joint(batch, start))[batch.slice_slot]
-        return _shrink(norms, left[batch.slice_slot] * start)
-
-    batch.rescale_(tensors, factors)
+    if smooth.bound == "joint":
+        return _onto(joint(batch, norms), left * joint(batch, start), smooth.projection)[batch.slice_slot]
+    return _onto(norms, left[batch.slice_slot] * start, smooth.projection)
 
 
-def _shrink(norm: Tensor, limit: Tensor) -> Tensor:
-    return torch.where(norm > limit, limit / norm, 1.0)
+def _onto(norm: Tensor, target: Tensor, projection: Projection) -> Tensor:
+    far = norm > target if projection == "shorten" else norm > 0
+    return torch.where(far, target / norm, 1.0)

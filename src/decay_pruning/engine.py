@@ -10,8 +10,10 @@ The engine knows structures, decay and rectifying. It does not know models, laye
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -19,14 +21,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from decay_pruning.decay import SmoothPruning, joint, project_
+from decay_pruning.decay import SmoothPruning, factors, joint
 from decay_pruning.errors import ConfigError
-from decay_pruning.rectify import Resistance, SelfRectifying, measure
-from decay_pruning.structures import Picks, Place, Role, SliceBatch, StructureSet
+from decay_pruning.fading import Fading, Key, Numbers, as_keys, as_picks
+from decay_pruning.rectify import SelfRectifying
+from decay_pruning.slices import Reading, SliceBatch
+from decay_pruning.structures import Picks, Role, StructureSet
+from decay_pruning.watch import Network, Watch
 
 logger = logging.getLogger("decay_pruning")
-
-Key = tuple[str, int]
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class Event:
         step: optimizer steps done since the pruner was attached.
         group: name of the layer group.
         indices: original indices.
-        values: the figures that decided, parallel to `indices`: "norm" at the pick; "c_rate" and "c_len" at a release.
+        values: figures parallel to `indices`: "norm" at the pick; at a release the averages that self-rectifying has
+            measured, by the names of `Resistance`.
     """
 
     kind: Literal["picked", "released", "removed"]
@@ -57,30 +61,15 @@ class Driver(Protocol):
     def add_gradients(self, scale: Tensor | None) -> None:
         """Resistance has been measured: the time to add to gradients (which are `scale` times too large)."""
 
-    def moved(self) -> None:
-        """The optimizer has moved the weights, nothing has decayed: the time to change weights, and to pick."""
+    def moved(self) -> bool:
+        """The optimizer has moved the weights, nothing has decayed: the time to change weights, and to pick.
+
+        Returns:
+            whether weights may have changed.
+        """
 
     def after_step(self) -> None:
         """Everything has moved and decayed: the time to remove."""
-
-
-@dataclass
-class _Fading:
-    """All decaying structures, as flat arrays parallel to the slots or slices of `batch`."""
-
-    batch: SliceBatch
-    begun: Tensor  # (slots,) int64, CPU: engine step before the first step of the decay
-    steps: Tensor  # (slots,) int64, CPU: N
-    start: Tensor  # (slices,): norm at the pick
-    mean: Tensor  # (4, slots): running averages, in the order of Resistance
-    seen: Tensor  # (slots,) int64, CPU: observations in the averages
-    rectified: Tensor  # (slots,) bool, CPU: whether the structure can be released
-
-    @property
-    def cohorts(self) -> tuple[list[tuple[int, int]], Tensor]:
-        """Distinct (begun, N), and each slot's number among them."""
-        pairs, number = torch.unique(torch.stack([self.begun, self.steps]), dim=1, return_inverse=True)
-        return [(int(b), int(n)) for b, n in pairs.T.tolist()], number
 
 
 @dataclass
@@ -124,23 +113,19 @@ class Engine:
         self._optimizer = optimizer
         self._parameters = parameters
         self._on_event = on_event
-        self._fading: _Fading | None = None
-        self._cohorts: tuple[list[tuple[int, int]], Tensor] = ([], torch.zeros(0, dtype=torch.int64))
+        self._fading: Fading | None = None
         self._holding: SliceBatch | None = None
         self._picks_made = 0
-        self._pick_sizes: dict[
-            int, list[int]
-        ] = {}  # step of a pick with structures on their way → [picked, released]
+        # step of a pick with structures on their way → (picked, released)
+        self._pick_sizes: dict[int, tuple[int, int]] = {}
         self._free_again: dict[Key, int] = {}  # released → number of the pick from which on it is eligible
         self._on_the_way: tuple[tuple[int, int, int], dict[str, Tensor]] | None = None
+        self._untold: list[Event] = []
         self._skipped = False
         self._driver: Driver | None = None
         self._handles: list[Any] = []
-        # One running number per structure and per place, to carry figures over when membership changes.
-        sizes = [int(group.ids.max()) + 1 if len(group) else 0 for group in structures.groups.values()]
-        offsets = torch.tensor([0, *sizes]).cumsum(0).tolist()
-        self._offset = dict(zip(structures.groups, offsets, strict=False))
-        self._place_number: dict[Place, int] = {place: i for i, place in enumerate(structures.sizes)}
+        self._numbers = Numbers(structures)
+        self._watch = None if rectify is None else Watch(rectify)
 
     # -- the optimizer's hooks -------------------------------------------------------------------------------
 
@@ -167,30 +152,37 @@ class Engine:
         if self._skipped:
             return
         scale = getattr(self._optimizer, "grad_scale", None)
-        if self._fading is not None and self._fading.batch.moved(self._parameters()):
-            self._regroup([self._fading])
-        if self._driver is not None:
-            self._driver.before_step()
-        if self._fading is not None and self.rectify is not None:
-            self._observe(self._fading, self.rectify, scale)
-        if self._driver is not None:
-            self._driver.add_gradients(scale)
+        with self._whole():
+            if self._fading is not None and self._fading.batch.moved(self._parameters()):
+                self._regroup([self._fading])
+            if self._driver is not None:
+                self._driver.before_step()
+            if self._fading is not None and self._watch is not None:
+                network = Network(self.structures, self._parameters(), self._optimizer, self.smooth.roles)
+                self._watch.before(self._fading, self.step, network, self.fading(), scale)
+            if self._driver is not None:
+                self._driver.add_gradients(scale)
+        self.tell()
 
     def after_step(self) -> None:
         """Judge, decay, hold."""
         if self._skipped:
             return
-        if self._driver is not None:
-            self._driver.moved()
-        self.step += 1
-        if self._fading is not None and self.rectify is not None:
-            self._judge(self._fading, self.rectify)
-        if self._fading is not None:
-            self._decay(self._fading)
-        if self._holding is not None:
-            self._holding.zero_(self._parameters())
-        if self._driver is not None:
-            self._driver.after_step()
+        with self._whole():
+            reading = None
+            if self._fading is not None and self._watch is not None:
+                self._fading, reading = self._watch.after(self._fading, self._parameters())
+            batch = self._fading.batch if self._fading is not None else None
+            if self._driver is not None and self._driver.moved():
+                reading = None
+            self.step += 1
+            if self._fading is not None:
+                self._fade(self._fading, reading if self._fading.batch is batch else None)
+            if self._holding is not None:
+                self._holding.zero_(self._parameters())
+            if self._driver is not None:
+                self._driver.after_step()
+        self.tell()
 
     # -- what the driver asks for ----------------------------------------------------------------------------
 
@@ -203,7 +195,7 @@ class Engine:
         if steps < 1:
             raise ConfigError(f"a decay takes at least 1 step, not {steps}")
         picks = {name: sorted({int(i) for i in ids}) for name, ids in picks.items() if len(ids)}
-        busy = set(self.decaying) | set(_keys(self.held))
+        busy = set(self.decaying) | set(as_keys(self.held))
         for name, ids in picks.items():
             if name not in self.structures.groups:
                 raise ConfigError(
@@ -220,24 +212,18 @@ class Engine:
             return
         new = self._batch(picks)
         norms = new.norms(self._parameters())
-        fresh = _Fading(
-            batch=new,
-            begun=torch.full((new.slots,), self.step),
-            steps=torch.full((new.slots,), steps),
-            start=norms,
-            mean=torch.zeros(4, new.slots, device=new.device, dtype=new.dtype),
-            seen=torch.zeros(new.slots, dtype=torch.int64),
-            rectified=torch.full((new.slots,), rectified and steps > 1),
-        )
+        figures = 0 if self.rectify is None else len(self.rectify.figures)
+        fresh = Fading.of_pick(new, norms, self.step, steps, figures, rectified and steps > 1)
         self.counts.picked += new.slots
         self.counts.picked_again += sum(key in self._free_again for key in new.keys)
         self._regroup([*([self._fading] if self._fading else []), fresh])
-        self._pick_sizes.setdefault(self.step, [0, 0])[0] += new.slots
+        picked, released = self._pick_sizes.get(self.step, (0, 0))
+        self._pick_sizes[self.step] = picked + new.slots, released
         self._emit("picked", new.keys, {"norm": joint(new, norms)})
 
     def removed(self, structures: StructureSet) -> None:
         """Surgery has removed what was held; `structures` is what is left."""
-        keys = _keys(self.held)
+        keys = as_keys(self.held)
         self.structures = structures
         self.held = {}
         self._holding = None
@@ -249,7 +235,9 @@ class Engine:
     def fade_out(self) -> None:
         """End every decay at once: what decays is set to zero and held."""
         if self._fading is not None:
-            self._finish(self._fading, torch.ones(self._fading.batch.slots, dtype=torch.bool))
+            everything = torch.ones(self._fading.batch.slots, dtype=torch.bool)
+            self._hold(self._fading, everything)
+            self._regroup([self._fading], leave=everything)
 
     # -- what can be seen ------------------------------------------------------------------------------------
 
@@ -273,14 +261,14 @@ class Engine:
             masks = {
                 name: torch.zeros(len(g), dtype=torch.bool) for name, g in self.structures.groups.items()
             }
-            for name, ids in _picks([*self.decaying, *_keys(self.held)]).items():
+            for name, ids in as_picks([*self.decaying, *as_keys(self.held)]).items():
                 masks[name][self.structures.groups[name].rows(ids)] = True
             self._on_the_way = stamp, masks
         return self._on_the_way[1]
 
     def released(self, picks: Picks) -> set[Key]:
         """Those of `picks` that have been released before."""
-        return set(_keys(picks)) & self._free_again.keys()
+        return set(as_keys(picks)) & self._free_again.keys()
 
     def end_cooldown(self) -> bool:
         """Make released structures eligible at once; whether there were any."""
@@ -298,24 +286,17 @@ class Engine:
         return dict(zip(fading.batch.keys, (now / start.clamp_min(1e-30)).tolist(), strict=True))
 
     def resistance(self) -> dict[Key, dict[str, float]]:
-        """Averages so far of each decaying structure, by the names of `Resistance`."""
-        if self._fading is None:
+        """Averages so far of each decaying structure, by the names of `Resistance`, as far as they are measured."""
+        if self._fading is None or self.rectify is None:
             return {}
         rows = self._fading.mean.T.tolist()
-        return {
-            k: dict(zip(Resistance._fields, r, strict=True)) for k, r in zip(self.decaying, rows, strict=True)
-        }
+        figures = self.rectify.figures
+        return {k: dict(zip(figures, r, strict=True)) for k, r in zip(self.decaying, rows, strict=True)}
 
     # -- saving ----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on bit for bit, in plain containers and tensors."""
-        fading = None
-        if self._fading is not None:
-            f = self._fading
-            names = ("begun", "steps", "start", "mean", "seen", "rectified")
-            fading = {name: getattr(f, name).detach().cpu().clone() for name in names}
-            fading["picks"] = _picks(f.batch.keys)
         return {
             "step": self.step,
             "counts": vars(self.counts).copy(),
@@ -323,7 +304,8 @@ class Engine:
             "picks_made": self._picks_made,
             "pick_sizes": [[begun, *sizes] for begun, sizes in self._pick_sizes.items()],
             "free_again": [[name, index, free] for (name, index), free in self._free_again.items()],
-            "fading": fading,
+            "fading": None if self._fading is None else self._fading.state_dict(),
+            "kept": self._saved_weights(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -333,99 +315,95 @@ class Engine:
         self.counts = Counts(**state["counts"])
         self._picks_made = state["picks_made"]
         self._free_again = {(name, index): free for name, index, free in state["free_again"]}
-        self._pick_sizes = {begun: [picked, released] for begun, picked, released in state["pick_sizes"]}
+        self._pick_sizes = {begun: (picked, released) for begun, picked, released in state["pick_sizes"]}
         self.held = {name: list(ids) for name, ids in state["held"].items()}
         self._holding = self._batch(self.held, Role) if self.held else None
         self._fading = None
         if state["fading"] is not None:
-            saved = dict(state["fading"])
-            batch = self._batch(saved.pop("picks"))
-            for name in ("start", "mean"):
-                saved[name] = saved[name].to(batch.device, batch.dtype)
-            self._regroup([_Fading(batch=batch, **saved)])
+            self._fading = Fading.from_state(self._batch(state["fading"]["picks"]), state["fading"])
+            self._load_weights(self._fading.batch, state["kept"])
+
+    def _saved_weights(self) -> dict[str, Any] | None:
+        """The decaying weights as they were left, where the next step is measured from them."""
+        kept = self._watch and self._fading and self._watch.kept_of(self._fading.batch)
+        if not kept:
+            return None
+        copies = [None if v is None else v.cpu().clone() for v in (kept.flat, *kept.blocks)]
+        return {"flat": copies[0], "blocks": copies[1:]}
+
+    def _load_weights(self, batch: SliceBatch, saved: Mapping[str, Any] | None) -> None:
+        if self._watch is not None and saved is not None:
+            self._watch.keep(batch, batch.as_values(saved["flat"], saved["blocks"]))
 
     # -- one step --------------------------------------------------------------------------------------------
 
-    def _observe(self, fading: _Fading, rectify: SelfRectifying, scale: Tensor | None) -> None:
-        cohorts, number = self._cohorts
-        watched = [rectify.observes(self.step + 1 - begun, steps) for begun, steps in cohorts]
-        if not any(watched):
-            return
-        batch = fading.batch
-        parameters = self._parameters()
-        ww, wg, gg = batch.moments(parameters, {name: p.grad for name, p in parameters.items()})
-        if scale is not None:
-            wg, gg = wg / scale, gg / scale**2
-        now = measure(
-            batch.per_slot(ww),
-            batch.per_slot(wg),
-            batch.per_slot(gg),
-            batch.per_slot(wg * self._learning_rates(batch, parameters)),
-            joint(batch, fading.start),
-            fading.steps.to(batch.device),
-        )
-        watching = torch.tensor(watched)[number]
-        fading.seen += watching
-        weight = torch.tensor(
-            [rectify.weight(max(int(s), 1)) for s in fading.seen.unique()], dtype=batch.dtype
-        )
-        weight = weight[torch.unique(fading.seen, return_inverse=True)[1]] * watching
-        fading.mean += weight.to(batch.device) * (torch.stack(now) - fading.mean)
+    def _fade(self, fading: Fading, reading: Reading | None) -> None:
+        """Judge, and shrink what is not released."""
+        batch, parameters = fading.batch, self._parameters()
+        released = self._judge(fading)
+        cohorts, number = fading.cohorts
+        left = [self.smooth.left(self.step - begun, steps) for begun, steps in cohorts]
+        per_slot = torch.tensor(left, dtype=batch.dtype)[number].to(batch.device)
+        reading = batch.read(parameters) if reading is None else reading
+        shrink = factors(batch, reading.norms, fading.start, per_slot, self.smooth)
+        if bool(released.any()):
+            shrink = torch.where(released.to(batch.device)[batch.slice_slot], 1.0, shrink)
+        keep = self._watch is not None and self._watch.needs_weights(fading, self.step)
+        values = batch.scale_(parameters, reading, shrink, keep=keep)
+        if self._watch is not None:
+            self._watch.keep(batch, values)
+        ended = torch.tensor([self.step - begun >= steps for begun, steps in cohorts])[number]
+        if bool(released.any()):
+            self._release(fading, released)
+        if bool(ended.any()):
+            self._hold(fading, ended)
+        if bool((released | ended).any()):
+            self._regroup([fading], leave=released | ended)
 
-    def _judge(self, fading: _Fading, rectify: SelfRectifying) -> None:
-        cohorts, number = self._cohorts
-        judged = torch.tensor([rectify.judges(self.step - begun, steps) for begun, steps in cohorts])[number]
-        judged &= fading.rectified & fading.seen.gt(0)
-        if not bool(judged.any()):
-            return
-        strength = rectify.strength(Resistance(*fading.mean)).cpu()
-        out = judged & strength.gt(-torch.inf)
-        if not bool(out.any()):
-            return
-        out = self._most_resistant(fading, out, strength, rectify)
-        if not bool(out.any()):
-            return
-        chosen = out.nonzero().flatten().tolist()
-        keys = [fading.batch.keys[i] for i in chosen]
-        for key in keys:
-            self._free_again[key] = self._picks_made + rectify.cooldown
-        self.counts.released += len(keys)
-        values = {
-            name: fading.mean[i][out.to(fading.mean.device)] for i, name in enumerate(Resistance._fields)
-        }
-        self._regroup([fading], leave=out)
-        self._emit("released", keys, values)
+    def _judge(self, fading: Fading) -> Tensor:
+        """Which structures are released now, shape (slots,), on the CPU. The last step never judges."""
+        nothing = torch.zeros(fading.batch.slots, dtype=torch.bool)
+        if self.rectify is None or self._watch is None:
+            return nothing
+        cohorts, number = fading.cohorts
+        judged = torch.tensor([self.rectify.judges(self.step - begun, steps) for begun, steps in cohorts])
+        candidates = judged[number] & fading.rectified & fading.seen.gt(0)
+        if not bool(candidates.any()):
+            return nothing
+        strength = self.rectify.strength(self._watch.averages(fading)).cpu()
+        candidates &= strength.gt(-torch.inf)
+        return self._most_resistant(fading, candidates, strength, self.rectify)
 
     def _most_resistant(
-        self, fading: _Fading, out: Tensor, strength: Tensor, rectify: SelfRectifying
+        self, fading: Fading, out: Tensor, strength: Tensor, rectify: SelfRectifying
     ) -> Tensor:
         """Of those to be released, the most resistant of each pick, as many as may still go."""
         chosen = torch.zeros_like(out)
         for begun in fading.begun[out].unique().tolist():
-            sizes = self._pick_sizes[begun]
+            picked, released = self._pick_sizes[begun]
             mine = (out & fading.begun.eq(begun)).nonzero().flatten()
             order = torch.argsort(strength[mine], descending=True, stable=True)
-            going = mine[order][: rectify.most(sizes[0]) - sizes[1]]
-            sizes[1] += going.numel()
-            chosen[going] = True
+            chosen[mine[order][: rectify.most(picked) - released]] = True
         return chosen
 
-    def _decay(self, fading: _Fading) -> None:
-        cohorts, number = self._cohorts
-        left = [self.smooth.left(self.step - begun, steps) for begun, steps in cohorts]
-        per_slot = torch.tensor(left, dtype=fading.batch.dtype)[number].to(fading.batch.device)
-        project_(fading.batch, self._parameters(), fading.start, per_slot, self.smooth.bound)
-        ended = torch.tensor([self.step - begun >= steps for begun, steps in cohorts])[number]
-        if bool(ended.any()):
-            self._finish(fading, ended)
+    def _release(self, fading: Fading, released: Tensor) -> None:
+        assert self.rectify is not None
+        keys = [fading.batch.keys[i] for i in released.nonzero().flatten().tolist()]
+        for key in keys:
+            self._free_again[key] = self._picks_made + self.rectify.cooldown
+        for begun in fading.begun[released].tolist():
+            picked, before = self._pick_sizes[begun]
+            self._pick_sizes[begun] = picked, before + 1
+        self.counts.released += len(keys)
+        mean = fading.mean[:, released.to(fading.mean.device)]
+        self._emit("released", keys, dict(zip(self.rectify.figures, mean, strict=True)))
 
-    def _finish(self, fading: _Fading, ended: Tensor) -> None:
+    def _hold(self, fading: Fading, ended: Tensor) -> None:
         keys = [fading.batch.keys[i] for i in ended.nonzero().flatten().tolist()]
         self.counts.decayed += len(keys)
-        self.held = _picks([*_keys(self.held), *keys])
+        self.held = as_picks([*as_keys(self.held), *keys])
         self._holding = self._batch(self.held, Role)
         self._holding.zero_(self._parameters())
-        self._regroup([fading], leave=ended)
 
     # -- helpers ---------------------------------------------------------------------------------------------
 
@@ -434,47 +412,38 @@ class Engine:
             self.structures, picks, self._parameters(), self.smooth.roles if roles is None else roles
         )
 
-    def _regroup(self, parts: list[_Fading], leave: Tensor | None = None) -> None:
+    def _regroup(self, parts: list[Fading], leave: Tensor | None = None) -> None:
         """Put decaying structures together anew, less those of `leave`, and carry their figures over."""
-        keep = torch.ones(sum(p.batch.slots for p in parts), dtype=torch.bool) if leave is None else ~leave
         keys = [key for part in parts for key in part.batch.keys]
-        stay = [key for key, k in zip(keys, keep.tolist(), strict=True) if k]
+        keep = [True] * len(keys) if leave is None else (~leave).tolist()
+        stay = [key for key, k in zip(keys, keep, strict=True) if k]
         if not stay:
             self._fading = None
             self._pick_sizes = {}
             return
-        batch = self._batch(_picks(stay))
-        slot = _match(self._slot_numbers(keys), self._slot_numbers(batch.keys))
-        at_slice = _match(
-            torch.cat([self._slice_numbers(part.batch) for part in parts]), self._slice_numbers(batch)
-        )
-        self._fading = _Fading(
-            batch=batch,
-            begun=torch.cat([p.begun for p in parts])[slot],
-            steps=torch.cat([p.steps for p in parts])[slot],
-            start=torch.cat([p.start.to(batch.device) for p in parts])[at_slice.to(batch.device)],
-            mean=torch.cat([p.mean.to(batch.device) for p in parts], dim=1)[:, slot.to(batch.device)],
-            seen=torch.cat([p.seen for p in parts])[slot],
-            rectified=torch.cat([p.rectified for p in parts])[slot],
-        )
-        self._cohorts = self._fading.cohorts
+        self._fading = self._numbers.carry(parts, self._batch(as_picks(stay)))
 
-    def _slot_numbers(self, keys: Iterable[Key]) -> Tensor:
-        return torch.tensor([self._offset[name] + index for name, index in keys])
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """All of what happens inside, or none of it: an exception puts the book-keeping back."""
+        names = ("structures", "step", "counts", "held", "_fading", "_holding", "_picks_made", "_pick_sizes",
+                 "_free_again", "_on_the_way", "_untold")  # fmt: skip
+        kinds = (dict, list, Counts)
+        before = {n: copy.copy(v) if isinstance(v := getattr(self, n), kinds) else v for n in names}
+        try:
+            yield
+        except BaseException:
+            self.__dict__.update(before)
+            if self._watch is not None and self._fading is not None:
+                self._watch.keep(self._fading.batch, None)
+            raise
 
-    def _slice_numbers(self, batch: SliceBatch) -> Tensor:
-        place = torch.tensor([self._place_number[p] for p in batch.places])
-        structure = self._slot_numbers(batch.keys)[batch.slice_slot.cpu()]
-        return structure * len(self._place_number) + place[batch.slice_place.cpu()]
-
-    def _learning_rates(self, batch: SliceBatch, parameters: Mapping[str, Tensor]) -> Tensor | float:
-        """η of each slice, shape (slices,), or one number where all are the same."""
-        groups = self._optimizer.param_groups
-        if len(groups) == 1 and not isinstance(groups[0]["lr"], Tensor):
-            return float(groups[0]["lr"])
-        rate = {id(p): float(group["lr"]) for group in groups for p in group["params"]}
-        at_place = [rate.get(id(parameters[name]), 0.0) for name, _ in batch.places]
-        return torch.tensor(at_place, dtype=batch.dtype, device=batch.device)[batch.slice_place]
+    def tell(self) -> None:
+        """Pass on what has happened, now that all of it has."""
+        while self._untold:
+            event = self._untold.pop(0)
+            if self._on_event is not None:
+                self._on_event(event)
 
     def _emit(
         self, kind: Literal["picked", "released", "removed"], keys: list[Key], values: dict[str, Tensor]
@@ -494,22 +463,4 @@ class Engine:
                 values={name: tuple(column[r] for r in mine) for name, column in columns.items()},
             )
             logger.info("step %d: %s %d of %s: %s", event.step, kind, len(mine), group, event.indices)
-            if self._on_event is not None:
-                self._on_event(event)
-
-
-def _keys(picks: Picks) -> list[Key]:
-    return [(name, index) for name, ids in picks.items() for index in ids]
-
-
-def _picks(keys: Iterable[Key]) -> dict[str, list[int]]:
-    picks: dict[str, list[int]] = {}
-    for name, index in sorted(keys):
-        picks.setdefault(name, []).append(index)
-    return picks
-
-
-def _match(have: Tensor, want: Tensor) -> Tensor:
-    """For each number wanted, its position in `have` (every one is there)."""
-    sorted_have, order = have.sort()
-    return order[torch.searchsorted(sorted_have, want)]
+            self._untold.append(event)

@@ -18,8 +18,9 @@ from torch.optim import Optimizer
 from decay_pruning import surgery
 from decay_pruning.budget import Cost, CostModel, Target
 from decay_pruning.decay import SmoothPruning
-from decay_pruning.engine import Engine, Event, Key
+from decay_pruning.engine import Engine, Event
 from decay_pruning.errors import BudgetError, ConfigError
+from decay_pruning.fading import Key
 from decay_pruning.hosts import Custom, DepGraph, Goal, Host, Phase, Scene
 from decay_pruning.plan import Plan
 from decay_pruning.rectify import SelfRectifying
@@ -300,17 +301,17 @@ class Pruner:
         """The host's own part in training, before the optimizer moves."""
         self._picker.add_gradients(self._scene(), scale)
 
-    def moved(self) -> None:
+    def moved(self) -> bool:
         """What a host that times itself picks starts to fade in this very step.
 
         No structure is released twice, so there is always a way to the target; and the share that may be released is
         one of all picks so far, since single picks can be as small as one structure.
         """
         if self.host.rounds or not self._wanting():
-            return
+            return False
         picks = self._ask(self._picker.moved, self._goal(1.0))
         if not any(len(ids) for ids in picks.values()):
-            return
+            return True
         self._check_widths(picks)
         self._round += 1
         again = self.engine.released(picks)
@@ -319,6 +320,7 @@ class Pruner:
         for part, rectified in ((_less(picks, again), share), (_only(picks, again), False)):
             if part:
                 self.engine.pick(part, self._steps(), rectified=rectified)
+        return True
 
     def after_step(self) -> None:
         """Remove what has come to the end of its decay, when the host agrees."""
@@ -388,6 +390,12 @@ class Pruner:
         self._finished_at = self.engine.step
 
     def _force(self) -> None:
+        try:
+            self._remove_the_rest()
+        finally:
+            self.engine.tell()
+
+    def _remove_the_rest(self) -> None:
         self.engine.fade_out()
         if self.engine.held:
             self._remove()

@@ -1,70 +1,50 @@
 """Self-rectifying (SR): release a decaying structure whose gradient resists the decay.
 
-The paper (arXiv 2406.03879) names two criteria, C_rate and C_len, and two thresholds, T_rate and T_len. Its equations
-were not available to us: **the definitions below are ours**, made to measure what the paper describes. For a decaying
-structure with weights w (all its slices), loss gradient g, learning rate η, picked at norm m₀, at step n of N:
-
-    radial growth  ρ = −⟨g, w⟩ / ‖w‖     how fast descent would lengthen the structure; positive resists the decay
-    C_rate = ρ / ‖g‖                     share of the descent direction that points outward, a cosine in [−1, 1]
-    C_len  = η·ρ / (m₀/N)                length that descent would win back, over the length that the decay takes
-
-Each is averaged over the steps of the decay so far, because a minibatch gradient is noisy. To try another definition,
-add a quantity to `measure` or write another `Criterion`.
+The paper (arXiv 2406.03879) judges by two criteria, C_rate and C_len, against two thresholds, T_rate and T_len. They
+and others are defined in `resistance`. Each is averaged over the decay so far: a minibatch gradient is noisy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from decay_pruning.errors import ConfigError
+from decay_pruning.resistance import SOURCES, Resistance, Source
 
-
-class Resistance(NamedTuple):
-    """What is known of each decaying structure, each of shape (slots,); the first four are running averages."""
-
-    c_rate: Tensor  #: see above
-    c_len: Tensor  #: see above
-    growth: Tensor  #: ρ
-    first_order: Tensor  #: |⟨g, w⟩|, the first-order estimate of what removal changes in the loss
-
-
-#: (averages so far, settings) → shape (slots,). Either bool: release? The largest C_len go first then. Or a figure
-#: of how valuable each structure is: the largest go first, those at zero or below never.
+#: (averages so far, settings) → shape (slots,). Either bool: release? Those that resist longest go first then. Or a
+#: figure of how valuable each structure is: the largest go first, those at zero or below never.
 Criterion = Callable[[Resistance, "SelfRectifying"], Tensor]
 
 
-def rate_and_len(seen: Resistance, settings: SelfRectifying) -> Tensor:
-    """C_rate > T_rate and C_len > T_len."""
-    t_rate, t_len = settings.thresholds
-    return (seen.c_rate > t_rate) & (seen.c_len > t_len)
+class Rule(NamedTuple):
+    """A criterion by thresholds: every figure that is named must exceed its threshold; or by one figure alone."""
+
+    rate: str | None = None  #: compared with T_rate
+    len: str | None = None  #: compared with T_len, and orders what is released
+    figure: str | None = None  #: no thresholds: the largest go first
+    t_rate: float = 0.0  #: T_rate where it is not given
+    t_len: float = 1.0  #: T_len where it is not given
+
+    @property
+    def sources(self) -> frozenset[Source]:
+        """What has to be read for it."""
+        return frozenset(SOURCES[name] for name in (self.rate, self.len, self.figure) if name)
 
 
-def rate_only(seen: Resistance, settings: SelfRectifying) -> Tensor:
-    """C_rate > T_rate."""
-    return seen.c_rate > settings.thresholds[0]
-
-
-def len_only(seen: Resistance, settings: SelfRectifying) -> Tensor:
-    """C_len > T_len."""
-    return seen.c_len > settings.thresholds[1]
-
-
-def first_order(seen: Resistance, settings: SelfRectifying) -> Tensor:
-    """|⟨g, w⟩|, without a threshold: of each pick the share `max_share` is released."""
-    return seen.first_order
-
-
-#: Criteria by name, for recipes.
-CRITERIA: dict[str, Criterion] = {
-    "rate_and_len": rate_and_len,
-    "rate": rate_only,
-    "len": len_only,
-    "first_order": first_order,
+#: Criteria by name, for recipes: the paper's first. A function of your own can be put beside them.
+CRITERIA: dict[str, Rule | Criterion] = {
+    "rate_and_len": Rule("c_rate", "c_len"),
+    "rate": Rule("c_rate"),
+    "len": Rule(None, "c_len"),
+    "outward_and_regrowth": Rule("outward", "regrowth", t_rate=0.02, t_len=0.01),
+    "outward": Rule("outward", t_rate=0.02),
+    "regrowth": Rule(None, "regrowth", t_len=0.01),
+    "first_order": Rule(figure="first_order"),
 }
 
 
@@ -73,20 +53,22 @@ class SelfRectifying:
     """When a decaying structure is let go again.
 
     Attributes:
-        t_rate: T_rate, a cosine between −1 and 1; None for 0.02 where a criterion needs it.
-        t_len: T_len, a ratio: 1 means that plain gradient descent alone would cancel the decay; None for 0.01.
+        t_rate: T_rate; None for 0 (whatever goes outward) with C_rate, 0.02 with "outward".
+        t_len: T_len; None for 1 (more than its neighbours) with C_len, 0.01 with "regrowth".
         criterion: a name in `CRITERIA`, or any `Criterion`. None for the paper's two thresholds, "rate_and_len", where
             one of them is given, and otherwise for "first_order", which knows most of what removal costs
-            (docs/rectifying.md).
+            (docs/rectifying.md). A function of your own gets every figure of `Resistance`.
         average: None for the plain mean over the decay so far, or the factor β in (0, 1) of an exponential average
             (bias-corrected).
         warmup: share of the decay, in [0, 1), whose gradients are not averaged.
         judge_from: share of the decay, in [0, 1), from which on structures can be released. The last step never judges.
         max_share: the largest share of one pick that is released, in (0, 1], and at least one structure. Those with the
-            largest figure go first, under thresholds those with the largest C_len.
+            largest figure go first, under thresholds those with the largest C_len (or whatever stands in its place).
         cooldown: for how many later picks a released structure is not picked again.
         retries: how often the host may pick others in place of released ones with rectifying on. One more
             round, without rectifying, meets the target for sure.
+        rate_per: what C_rate is a share of: "step", so that it is between −1 and 1, or "decay", the length that the
+            decay takes in one step.
 
     Raises:
         ConfigError: a value is out of range or unknown.
@@ -101,10 +83,18 @@ class SelfRectifying:
     max_share: float = 0.05
     cooldown: int = 1
     retries: int = 0
+    rate_per: Literal["step", "decay"] = "step"
 
     def __post_init__(self) -> None:
-        if self.t_rate is not None and not -1 <= self.t_rate <= 1:
-            raise ConfigError(f"rectify.t_rate is a cosine between -1 and 1, not {self.t_rate}")
+        if isinstance(self.criterion, str) and self.criterion not in CRITERIA:
+            raise ConfigError(
+                f"no criterion is called {self.criterion!r}; choose one of {', '.join(CRITERIA)}"
+            )
+        if self.rate_per not in ("step", "decay"):
+            raise ConfigError(f"rectify.rate_per must be 'step' or 'decay', not {self.rate_per!r}")
+        a_share = self.rule is not None and (self.rule.rate != "c_rate" or self.rate_per == "step")
+        if self.t_rate is not None and a_share and not -1 <= self.t_rate <= 1:
+            raise ConfigError(f"rectify.t_rate is a share between -1 and 1, not {self.t_rate}")
         if self.average is not None and not 0 < self.average < 1:
             raise ConfigError(f"rectify.average is None or a factor between 0 and 1, not {self.average}")
         if not 0 < self.max_share <= 1:
@@ -117,15 +107,58 @@ class SelfRectifying:
         for name in ("cooldown", "retries"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"rectify.{name} must not be negative, not {getattr(self, name)}")
-        if isinstance(self.criterion, str) and self.criterion not in CRITERIA:
-            raise ConfigError(
-                f"no criterion is called {self.criterion!r}; choose one of {', '.join(CRITERIA)}"
-            )
+
+    @classmethod
+    def paper(
+        cls,
+        t_rate: float | None = None,
+        t_len: float | None = None,
+        *,
+        rate_per: Literal["step", "decay"] = "step",
+    ) -> SelfRectifying:
+        """The paper's rule: a structure is released where both C_rate > T_rate and C_len > T_len.
+
+        Ours are the normalisers of both criteria and the defaults of their thresholds (the paper's are not known), that
+        both are averaged over the decay so far, that no verdict falls before a quarter of it, and that what was
+        released is not picked in the next round.
+
+        Args:
+            t_rate: T_rate; None for 0: training lengthens what the decay shortens.
+            t_len: T_len; None for 1: its gradient is larger than its neighbours'.
+            rate_per: what C_rate is a share of, see `SelfRectifying`.
+        """
+        return cls(t_rate, t_len, "rate_and_len", warmup=0.0, max_share=1.0, rate_per=rate_per)
+
+    @property
+    def rule(self) -> Rule | None:
+        """The criterion as a rule by name; None for a function."""
+        chosen = self._chosen
+        return chosen if isinstance(chosen, Rule) else None
+
+    @property
+    def _chosen(self) -> Rule | Criterion:
+        given = self.t_rate is not None or self.t_len is not None
+        criterion = self.criterion or ("rate_and_len" if given else "first_order")
+        return CRITERIA[criterion] if isinstance(criterion, str) else criterion
+
+    @property
+    def sources(self) -> frozenset[Source]:
+        """What has to be read while something decays."""
+        return frozenset(SOURCES.values()) if self.rule is None else self.rule.sources
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """The figures of `Resistance` that are measured, in its order."""
+        return tuple(name for name in Resistance._fields if SOURCES[name] in self.sources)
 
     @property
     def thresholds(self) -> tuple[float, float]:
         """T_rate and T_len."""
-        return 0.02 if self.t_rate is None else self.t_rate, 0.01 if self.t_len is None else self.t_len
+        rule = self.rule or Rule()
+        return (
+            rule.t_rate if self.t_rate is None else self.t_rate,
+            rule.t_len if self.t_len is None else self.t_len,
+        )
 
     def observes(self, n: int, N: int) -> bool:
         """Whether the gradient of step n of N (counted from 1) goes into the averages."""
@@ -146,35 +179,30 @@ class SelfRectifying:
         return max(1, int(self.max_share * picked))
 
     def strength(self, seen: Resistance) -> Tensor:
-        """How strongly each structure asks to be released, shape (slots,); −∞ where it does not."""
-        given = self.t_rate is not None or self.t_len is not None
-        chosen = self.criterion or ("rate_and_len" if given else "first_order")
-        rule = CRITERIA[chosen] if isinstance(chosen, str) else chosen
-        found = rule(seen, self)
-        asks, figure = (found, seen.c_len) if found.dtype == torch.bool else (found > 0, found)
-        return torch.where(asks, figure, -torch.inf)
+        """How strongly each structure asks to be released, shape (slots,); −∞ where it does not.
 
+        Raises:
+            ConfigError: a criterion of the user's returned something else than one bool or figure per structure.
+        """
+        rule = self.rule
+        if rule is None:
+            return self._asked(seen)
+        if rule.figure is not None:
+            figure: Tensor = getattr(seen, rule.figure)
+            return torch.where(figure > 0, figure, -torch.inf)
+        compared = zip((rule.rate, rule.len), self.thresholds, strict=True)
+        asks = [getattr(seen, name) > threshold for name, threshold in compared if name]
+        return torch.where(torch.stack(asks).all(0), getattr(seen, rule.len or rule.rate or ""), -torch.inf)
 
-def measure(ww: Tensor, wg: Tensor, gg: Tensor, lr_wg: Tensor, start: Tensor, steps: Tensor) -> Resistance:
-    """The quantities of one step, from inner products per structure, each of shape (slots,).
-
-    Args:
-        ww, wg, gg: ⟨w, w⟩, ⟨w, g⟩ and ⟨g, g⟩ before the optimizer step.
-        lr_wg: Σ η⟨w, g⟩ over slices, each with the learning rate of its parameter.
-        start: m₀, the joint norm at the pick.
-        steps: N.
-
-    A structure at norm zero, or without a gradient, shows no resistance (zeros).
-    """
-    length = ww.sqrt()
-    growth = -_ratio(wg, length)
-    return Resistance(
-        c_rate=_ratio(growth, gg.sqrt()),
-        c_len=-_ratio(_ratio(lr_wg, length), start / steps),
-        growth=growth,
-        first_order=wg.abs(),
-    )
-
-
-def _ratio(a: Tensor, b: Tensor) -> Tensor:
-    return torch.where(b > 0, a / b, 0.0)
+    def _asked(self, seen: Resistance) -> Tensor:
+        assert not isinstance(self._chosen, Rule)
+        found = self._chosen(seen, self)
+        if not isinstance(found, Tensor) or found.shape != seen.c_len.shape or found.is_complex():
+            what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise ConfigError(
+                "a criterion of rectify returns a tensor with one bool or figure per decaying structure, shape "
+                f"{tuple(seen.c_len.shape)}, not {what}"
+            )
+        if found.dtype == torch.bool:
+            return torch.where(found, seen.c_len, -torch.inf)
+        return torch.where(found > 0, found.to(seen.c_len.dtype), -torch.inf)

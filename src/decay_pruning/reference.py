@@ -1,6 +1,7 @@
 """The Decay Pruning Method per structure, in plain loops: written to be read, and the oracle of the fast path.
 
-SP, and SR by its thresholds. What concerns several structures at once (`max_share`, picking others) is not stated here.
+SP in both projections, and SR by thresholds, with the paper's criteria and those of descent alone. What concerns
+several structures at once (`max_share`, picking others) is not stated here.
 
 Nothing here is fast and nothing imports it. A structure is a list of *slices*; a slice is (parameter name, dimension,
 positions). Elements are addressed one by one through masks, so overlaps are visible.
@@ -32,6 +33,11 @@ def masks(slices: Sequence[Slice], parameters: Mapping[str, Tensor]) -> list[tup
     return result
 
 
+def vector(slices: Sequence[Slice], tensors: Mapping[str, Tensor]) -> Tensor:
+    """All elements of a structure: the paper's x, or its gradient g."""
+    return torch.cat([tensors[name].detach()[mask] for name, mask in masks(slices, tensors)])
+
+
 @dataclass
 class Decaying:
     """One structure on its way to zero.
@@ -41,7 +47,8 @@ class Decaying:
         N: length of the decay in optimizer steps.
         start: norm of each slice at the pick.
         n: steps done.
-        c_rate, c_len: observations so far.
+        x: its weights before the optimizer's step, where that step is observed.
+        c_rate_step, c_rate_decay, c_len, outward, regrowth: observations so far.
         alive: "decaying", "released" or "zero".
     """
 
@@ -49,9 +56,18 @@ class Decaying:
     N: int
     start: list[float]
     n: int = 0
-    c_rate: list[float] = field(default_factory=list)
+    x: Tensor | None = None
+    c_rate_step: list[float] = field(default_factory=list)
+    c_rate_decay: list[float] = field(default_factory=list)
     c_len: list[float] = field(default_factory=list)
+    outward: list[float] = field(default_factory=list)
+    regrowth: list[float] = field(default_factory=list)
     alive: str = "decaying"
+
+    @property
+    def per_step(self) -> float:
+        """L_s = L_init/N, what the decay takes in one step."""
+        return _joint(self.start) / self.N
 
 
 def pick(slices: Sequence[Slice], N: int, parameters: Mapping[str, Tensor]) -> Decaying:
@@ -60,16 +76,38 @@ def pick(slices: Sequence[Slice], N: int, parameters: Mapping[str, Tensor]) -> D
     return Decaying(slices, N, norms)
 
 
-def observe(s: Decaying, parameters: Mapping[str, Tensor], lr: float, *, warmup: float) -> None:
-    """Before an optimizer step: how much does the gradient resist? (see `rectify` for the definitions)"""
+def before_step(
+    s: Decaying,
+    parameters: Mapping[str, Tensor],
+    lr: float,
+    *,
+    warmup: float,
+    parallel: Sequence[Sequence[Slice]] = (),
+) -> None:
+    """Before an optimizer step: the gradient's figures (`resistance` defines them), and the weights as they are.
+
+    `parallel` are the structures of the same layer group that do not decay.
+    """
     if s.n + 1 <= warmup * s.N:
         return
-    w = torch.cat([parameters[name].detach()[mask] for name, mask in masks(s.slices, parameters)])
-    g = torch.cat([_grad(parameters[name])[mask] for name, mask in masks(s.slices, parameters)])
-    growth = float(-(g @ w) / w.norm()) if w.norm() > 0 else 0.0
-    taken = sum(m * m for m in s.start) ** 0.5 / s.N
-    s.c_rate.append(growth / float(g.norm()) if g.norm() > 0 else 0.0)
-    s.c_len.append(lr * growth / taken if taken > 0 else 0.0)
+    gradients = {name: _grad(p) for name, p in parameters.items()}
+    s.x, g = vector(s.slices, parameters), vector(s.slices, gradients)
+    others = [float(vector(slices, gradients).norm()) for slices in parallel]
+    s.c_len.append(_over(float(g.norm()), sum(others) / len(others) if others else 0.0))
+    growth = -_over(float(g @ s.x), float(s.x.norm()))
+    s.outward.append(_over(growth, float(g.norm())))
+    s.regrowth.append(_over(lr * growth, s.per_step))
+
+
+def after_step(s: Decaying, parameters: Mapping[str, Tensor]) -> None:
+    """After the optimizer's own step: C_rate, how far it has lengthened the structure."""
+    if s.x is None:
+        return
+    x, s.x = s.x, None
+    now = vector(s.slices, parameters)
+    gain = float(now.norm() - x.norm())
+    s.c_rate_step.append(_over(gain, float((now - x).norm())))
+    s.c_rate_decay.append(_over(gain, s.per_step))
 
 
 def step(
@@ -78,30 +116,32 @@ def step(
     schedule: Callable[[int, int], float],
     *,
     bound: str,
-    t_rate: float | None = None,
+    projection: str = "shorten",
+    rate: str = "c_rate_step",
+    length: str = "c_len",
+    t_rate: float = float("inf"),
     t_len: float = 0.0,
     judge_from: float = 0.25,
 ) -> None:
-    """After an optimizer step: judge (SR, where t_rate is given), then shrink (SP), then hold zeros."""
+    """After an optimizer step: judge (SR), put onto the target norm (SP), hold zeros."""
     factors = []
     for s in structures:
         if s.alive != "decaying":
             continue
         s.n += 1
-        if t_rate is not None and judge_from * s.N <= s.n < s.N and s.c_rate:
-            rate, length = sum(s.c_rate) / len(s.c_rate), sum(s.c_len) / len(s.c_len)
-            if rate > t_rate and length > t_len:
-                s.alive = "released"
-                continue
+        judged = judge_from * s.N <= s.n < s.N
+        if judged and _mean(getattr(s, rate)) > t_rate and _mean(getattr(s, length)) > t_len:
+            s.alive = "released"
+            continue
         left = 0.0 if s.n >= s.N else max(0.0, schedule(s.n, s.N))
         parts = masks(s.slices, parameters)
         norms = [float(parameters[name].detach()[mask].norm()) for name, mask in parts]
+        targets = [left * m for m in s.start]
         if bound == "joint":
-            whole, limit = sum(x * x for x in norms) ** 0.5, left * sum(m * m for m in s.start) ** 0.5
-            shrink = [limit / whole if whole > limit else 1.0] * len(parts)
-        else:
-            shrink = [left * m / x if x > left * m else 1.0 for x, m in zip(norms, s.start, strict=True)]
-        factors += [(name, mask, f) for (name, mask), f in zip(parts, shrink, strict=True)]
+            norms, targets = [_joint(norms)] * len(parts), [_joint(targets)] * len(parts)
+        for (name, mask), norm, target in zip(parts, norms, targets, strict=True):
+            moves = norm > target if projection == "shorten" else norm > 0
+            factors.append((name, mask, target / norm if moves else 1.0))
         if s.n >= s.N:
             s.alive = "zero"
     with torch.no_grad():
@@ -111,6 +151,18 @@ def step(
             if s.alive == "zero":
                 for name, mask in masks(s.slices, parameters):
                     parameters[name][mask] = 0.0
+
+
+def _joint(norms: Sequence[float]) -> float:
+    return float(sum(x * x for x in norms) ** 0.5)
+
+
+def _mean(seen: Sequence[float]) -> float:
+    return sum(seen) / len(seen) if seen else float("-inf")
+
+
+def _over(a: float, b: float) -> float:
+    return a / b if b > 0 else 0.0
 
 
 def _grad(parameter: Tensor) -> Tensor:

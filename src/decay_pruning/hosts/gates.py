@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from decay_pruning.structures import Coupling, LayerGroup, Place, Role, StructureSet, Sums
+from decay_pruning.slices import Sums
+from decay_pruning.structures import Coupling, LayerGroup, Place, Role, StructureSet
 
 logger = logging.getLogger("decay_pruning")
 

@@ -34,7 +34,8 @@ from decay_pruning.errors import BudgetError, ConfigError
 from decay_pruning.graph import Graph
 from decay_pruning.hosts.base import Goal, Picker, Scene
 from decay_pruning.hosts.ranking import choose
-from decay_pruning.structures import Picks, Place, Role, StructureSet, Sums
+from decay_pruning.slices import Sums
+from decay_pruning.structures import Picks, Place, Role, StructureSet
 
 DecayFrom = Literal["half-space", "partition"]
 

@@ -1,0 +1,150 @@
+"""Watching: reads, step by step, the figures by which self-rectifying judges, and keeps their averages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from decay_pruning.decay import joint
+from decay_pruning.fading import Fading
+from decay_pruning.rectify import SelfRectifying
+from decay_pruning.resistance import Parallel, Resistance, c_rate, of_gradient
+from decay_pruning.slices import Reading, SliceBatch, Values
+from decay_pruning.structures import Role, StructureSet
+
+
+class Network(NamedTuple):
+    """What there is to read."""
+
+    structures: StructureSet
+    parameters: Mapping[str, Tensor]
+    optimizer: Optimizer
+    roles: frozenset[Role]
+
+
+class Watch:
+    """Reads what `rectify` asks for around each optimizer step, and nothing else.
+
+    Attributes:
+        kept: the decaying weights as smooth pruning left them in the last step: what the next step starts from. They
+            are read anew where this is None.
+    """
+
+    def __init__(self, rectify: SelfRectifying) -> None:
+        self._rectify = rectify
+        self.kept: Values | None = None
+        self._kept_of: SliceBatch | None = None
+        self._parallel: tuple[SliceBatch, Parallel] | None = None
+        self._now: tuple[Tensor, dict[str, Tensor]] | None = None
+
+    def keep(self, batch: SliceBatch, values: Values | None) -> None:
+        """Remember the weights that the next step starts from."""
+        self.kept, self._kept_of = values, batch
+
+    def kept_of(self, batch: SliceBatch) -> Values | None:
+        """What is remembered of this batch."""
+        return self.kept if self._kept_of is batch else None
+
+    def wants(self, fading: Fading, step: int) -> Tensor | None:
+        """Which structures are observed in the step after `step`, shape (slots,); None where none is."""
+        cohorts, number = fading.cohorts
+        watched = [self._rectify.observes(step + 1 - begun, steps) for begun, steps in cohorts]
+        return torch.tensor(watched)[number] if any(watched) else None
+
+    def needs_weights(self, fading: Fading, step: int) -> bool:
+        """Whether the weights have to be known that the step after `step` starts from."""
+        return "step" in self._rectify.sources and self.wants(fading, step) is not None
+
+    def before(
+        self, fading: Fading, step: int, network: Network, gone: Mapping[str, Tensor], scale: Tensor | None
+    ) -> None:
+        """Before the optimizer's step: read gradients, which are `scale` times too large.
+
+        Args:
+            fading: the decaying structures.
+            step: steps done.
+            network: what to read.
+            gone: layer group → bool, parallel to its ids: what decays or is held.
+            scale: of a gradient scaler.
+        """
+        self._now = None
+        wanted = self.wants(fading, step)
+        if wanted is None:
+            return
+        batch, sources = fading.batch, self._rectify.sources
+        gradients = {name: p.grad for name, p in network.parameters.items()}
+        found: dict[str, Tensor] = {}
+        if "gradient" in sources:
+            ww, wg, gg = batch.moments(network.parameters, gradients)
+            if scale is not None:
+                wg, gg = wg / scale, gg / scale**2
+            found |= of_gradient(
+                batch.per_slot(ww),
+                batch.per_slot(wg),
+                batch.per_slot(gg),
+                batch.per_slot(wg * _learning_rates(batch, network)),
+                joint(batch, fading.start),
+                fading.steps.to(batch.device),
+            )
+        if "group" in sources:
+            if self._parallel is None or self._parallel[0] is not batch:
+                parallel = Parallel(network.structures, batch, gone, network.parameters, network.roles)
+                self._parallel = batch, parallel
+            found["c_len"] = self._parallel[1].c_len(gradients)
+        if "step" in sources and self.kept_of(batch) is None:
+            self.keep(batch, batch.values(network.parameters))
+        self._now = wanted, found
+
+    def after(self, fading: Fading, parameters: Mapping[str, Tensor]) -> tuple[Fading, Reading | None]:
+        """After the optimizer's step: what it did to the decaying weights, and the averages with this step in them.
+
+        Returns:
+            the same structures, and what was read of their weights, which is valid until they change.
+        """
+        if self._now is None:
+            return fading, None
+        (wanted, found), self._now = self._now, None
+        batch, reading = fading.batch, None
+        if "step" in self._rectify.sources:
+            reading = batch.read(parameters, since=self.kept_of(batch))
+            assert reading.grown is not None and reading.moved is not None
+            found["c_rate"] = c_rate(
+                joint(batch, reading.norms),
+                batch.per_slot(reading.grown),
+                batch.per_slot(reading.moved),
+                joint(batch, fading.start),
+                fading.steps.to(batch.device),
+                self._rectify.rate_per,
+            )
+        return self._averaged(fading, wanted, found), reading
+
+    def _averaged(self, fading: Fading, wanted: Tensor, found: Mapping[str, Tensor]) -> Fading:
+        seen = fading.seen + wanted
+        counts, number = torch.unique(seen, return_inverse=True)
+        weights = [self._rectify.weight(max(int(s), 1)) for s in counts]
+        weight = torch.tensor(weights, dtype=fading.batch.dtype)[number] * wanted
+        now = torch.stack([found[name] for name in self._rectify.figures])
+        mean = fading.mean + weight.to(fading.batch.device) * (now - fading.mean)
+        return fading.with_averages(mean, seen)
+
+    def averages(self, fading: Fading) -> Resistance:
+        """The averages by name; NaN where a figure is not measured."""
+        rows = dict(zip(self._rectify.figures, fading.mean, strict=True))
+        none = torch.full(
+            (fading.batch.slots,), torch.nan, dtype=fading.mean.dtype, device=fading.mean.device
+        )
+        return Resistance(*(rows.get(name, none) for name in Resistance._fields))
+
+
+def _learning_rates(batch: SliceBatch, network: Network) -> Tensor | float:
+    """η of each slice, shape (slices,), or one number where all are the same."""
+    groups = network.optimizer.param_groups
+    if len(groups) == 1 and not isinstance(groups[0]["lr"], Tensor):
+        return float(groups[0]["lr"])
+    rate = {id(p): float(group["lr"]) for group in groups for p in group["params"]}
+    at_place = [rate.get(id(network.parameters[name]), 0.0) for name, _ in batch.places]
+    return torch.tensor(at_place, dtype=batch.dtype, device=batch.device)[batch.slice_place]
