@@ -11,11 +11,13 @@ import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from numbers import Real
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from decay_pruning.checks import Count, Whole, above, check, checked
 from decay_pruning.counting import count
 from decay_pruning.errors import ConfigError
 from decay_pruning.structures import Picks, Place, Role, StructureSet
@@ -31,6 +33,11 @@ class Cost:
     structures: int = 0
 
 
+Quantity = Literal["macs", "params", "structures"]
+#: What is left of something, and less than all of it.
+Kept = Annotated[float, above(0, below=1, what="the fraction to keep")]
+
+
 @dataclass(frozen=True)
 class Target:
     """What is to be left: exactly one of three fractions of the original model, each in (0, 1).
@@ -42,22 +49,20 @@ class Target:
         ConfigError: none or several are given, or one is not in (0, 1).
     """
 
-    macs: float | None = None
-    params: float | None = None
-    structures: float | None = None
+    macs: Kept | None = None
+    params: Kept | None = None
+    structures: Kept | None = None
 
     def __post_init__(self) -> None:
+        check(self, "target")
         given = {k: v for k, v in vars(self).items() if v is not None}
         if len(given) != 1:
             raise ConfigError(f"give one target, of macs, params or structures; got {given or 'none'}")
-        [(name, keep)] = given.items()
-        if not 0 < keep < 1:
-            raise ConfigError(f"target.{name} is the fraction to keep, between 0 and 1; got {keep}")
 
     @property
-    def of(self) -> str:
-        """What is counted: "macs", "params" or "structures"."""
-        return next(name for name, value in vars(self).items() if value is not None)
+    def of(self) -> Quantity:
+        """What is counted."""
+        return next(name for name in get_args(Quantity) if getattr(self, name) is not None)
 
     @property
     def keep(self) -> float:
@@ -65,13 +70,43 @@ class Target:
         return float(getattr(self, self.of))
 
 
+def as_target(target: Target | float) -> Target:
+    """A target as the user gives it: a bare number is the fraction of MACs.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if isinstance(target, Real) and not isinstance(target, bool):
+        return Target(macs=float(target))
+    found: Target = checked(target, Annotated[Target, "a Target or the fraction of MACs to keep"], "target")
+    return found
+
+
 def measure(model: nn.Module, example_inputs: Any) -> Cost:
-    """MACs and parameters of a model as it is."""
+    """MACs and parameters of a model as it is.
+
+    Raises:
+        ConfigError: no model is given.
+        GraphError: the model does not run on these inputs.
+    """
+    checked(model, nn.Module, "model")
     return Cost(macs=sum(product.macs for product in count(model, example_inputs)), params=_params(model))
 
 
 def latency(model: nn.Module, example_inputs: Any, *, repeats: int = 20, warmup: int = 3) -> float:
-    """Median seconds of a forward pass in evaluation mode, on the device that the model is on."""
+    """Median seconds of a forward pass in evaluation mode, on the device that the model is on.
+
+    Args:
+        model: the model.
+        example_inputs: see `Pruner`.
+        repeats: timed passes.
+        warmup: passes before those.
+
+    Raises:
+        ConfigError: repeats is below 1, or warmup below 0.
+    """
+    repeats, warmup = checked(repeats, Whole, "repeats"), checked(warmup, Count, "warmup")
+    checked(model, nn.Module, "model")
     times = []
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
