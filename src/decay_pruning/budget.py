@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,7 @@ def as_target(target: Target | float) -> Target:
         ConfigError: it is neither.
     """
     if isinstance(target, Real) and not isinstance(target, bool):
-        return Target(macs=float(target))
+        return Target(macs=cast(float, target))
     found: Target = checked(target, Annotated[Target, "a Target or the fraction of MACs to keep"], "target")
     return found
 
