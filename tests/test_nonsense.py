@@ -1,4 +1,4 @@
-"""Every field of every dataclass of settings, and every public argument, refuses every kind of nonsense in a sentence."""
+"""Every field of every dataclass of settings, and every public argument, refuses every kind of nonsense."""
 
 import dataclasses
 import types
@@ -71,6 +71,8 @@ RESULTS = {
 }
 ELSEWHERE = {"SmoothPruning", "SelfRectifying"}
 
+#: Fields in which a number below zero makes sense.
+SIGNED = {"t_rate", "t_len"}
 NONSENSE = {
     "object": object(),
     "none": None,
@@ -119,7 +121,7 @@ def test_nonsense_in_a_field(cls, field):
     allowed = kinds(typing.get_type_hints(cls)[field])
     hint = typing.get_type_hints(cls, include_extras=True)[field]
     for kind, value in NONSENSE.items():
-        if is_fine(value, allowed, hint):
+        if is_fine(value, allowed, hint) or (field in SIGNED and kind.startswith("negative")):
             continue
         try:
             cls(**{**SETTINGS[cls], field: value})

@@ -334,8 +334,9 @@ class Graph:
                 if value is None:
                     break
                 if not isinstance(value, Tensor) or value.shape != owner.shape or value.is_complex():
+                    what = f"{tuple(value.shape)} values" if isinstance(value, Tensor) else shown(value)
                     raise GraphError(
-                        f"{type(importance).__name__} returned {shown(value)} for layer group {name!r}, which has "
+                        f"{type(importance).__name__} returned {what} for layer group {name!r}, which has "
                         f"{owner.numel()} channels: one real number for each is needed, in a tensor"
                     )
                 total.index_add_(0, owner, value.detach().to("cpu", total.dtype).nan_to_num(nan=0.0))
