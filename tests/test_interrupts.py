@@ -1,4 +1,4 @@
-"""An interrupt at any line inside `optimizer.step()` leaves model, optimizer and pruner consistent, and training goes on."""
+"""An interrupt at any line inside `optimizer.step()` leaves everything consistent, and training goes on."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ from typing import Any, Literal
 from torch import nn
 
 from decay_pruning.budget import Target
+from decay_pruning.checks import Count, NotNegative, Positive, Share, Whole, check
 from decay_pruning.decay import SmoothPruning
 from decay_pruning.errors import ConfigError
 from decay_pruning.hosts import HOSTS, DepGraph, Host, SparseLearning
@@ -50,15 +51,14 @@ class DataSettings:
 
     name: str = "digits"
     root: str | None = None
-    size: int | None = None
-    train_limit: int | None = None
-    test_limit: int | None = None
-    validation: float = 0.0
-    workers: int = 0
+    size: Whole | None = None
+    train_limit: Whole | None = None
+    test_limit: Whole | None = None
+    validation: Share = 0.0
+    workers: Count = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.validation < 1:
-            raise ConfigError(f"validation is a share in [0, 1), not {self.validation}")
+        check(self)
 
     def load(self) -> Data:
         """Read the images.
@@ -92,6 +92,9 @@ class ModelSettings:
     name: str = "resnet-digits"
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        check(self)
+
     def build(self, data: Data, seed: int) -> nn.Module:
         """A fresh network that fits the data, with weights that depend on the seed alone."""
         channels, size, _ = data.shape
@@ -120,6 +123,10 @@ class Sparse(TrainSettings):
     alpha: float = SparseLearning.alpha
     every: int = SparseLearning.every
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.learning  # which has the ranges
+
     @property
     def learning(self) -> SparseLearning:
         """The regulariser's settings."""
@@ -138,7 +145,7 @@ class Prune(TrainSettings):
         rectify: when they are let go again, or None.
     """
 
-    start: float = 0.0
+    start: NotNegative = 0.0
     target: Target = field(default_factory=lambda: Target(macs=0.5))
     host: Host = field(default_factory=DepGraph, metadata=settings.Kinds(lambda: HOSTS, "depgraph").metadata)
     smooth: SmoothPruning = field(default_factory=SmoothPruning)
@@ -146,7 +153,7 @@ class Prune(TrainSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.start < self.epochs:
+        if self.start >= self.epochs:
             raise ConfigError(f"start = {self.start} must lie within the {self.epochs} epochs of this phase")
 
 
@@ -160,13 +167,12 @@ class ReportSettings:
         save_models: keep the pruned model of every run (not of those in `lab.peers`).
     """
 
-    eval_every: float = 1.0
-    latency_batch: int = 64
+    eval_every: Positive = 1.0
+    latency_batch: Whole = 64
     save_models: bool = False
 
     def __post_init__(self) -> None:
-        if self.eval_every <= 0 or self.latency_batch < 1:
-            raise ConfigError("eval_every must be above 0 and latency_batch at least 1")
+        check(self)
 
 
 @dataclass(frozen=True)
@@ -188,6 +194,9 @@ class Recipe:
     sparse: Sparse | None = None
     prune: Prune = field(default_factory=Prune)
     report: ReportSettings = field(default_factory=ReportSettings)
+
+    def __post_init__(self) -> None:
+        check(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:

@@ -9,12 +9,11 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from difflib import get_close_matches
 from functools import partial
-from typing import Any, Literal, Protocol, get_args
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +22,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from decay_pruning.checks import NotNegative, OneOf, Positive, Share, Whole, check, checked
 from decay_pruning.errors import ConfigError
 from decay_pruning.hosts import Phase
 from decay_pruning.lab.data import AUGMENTATIONS, Batches, Data, Split
@@ -90,53 +90,28 @@ class TrainSettings:
         compile: run the model through `torch.compile`; it is compiled again after each removal.
     """
 
-    epochs: float = 10
-    batch_size: int = 128
-    lr: float = 0.1
-    lr_min: float = 0.0
+    epochs: Positive = 10
+    batch_size: Whole = 128
+    lr: Positive = 0.1
+    lr_min: NotNegative = 0.0
     schedule: ScheduleName = "cosine"
-    milestones: tuple[float, ...] = ()
-    gamma: float = 0.1
+    milestones: tuple[Positive, ...] = ()
+    gamma: Positive = 0.1
     optimizer: OptimizerName = "sgd"
-    momentum: float = 0.9
+    momentum: Share = 0.9
     nesterov: bool = False
-    weight_decay: float = 5e-4
-    label_smoothing: float = 0.0
-    augment: tuple[str, ...] = ()
-    mixup: float = 0.0
+    weight_decay: NotNegative = 5e-4
+    label_smoothing: Share = 0.0
+    augment: tuple[Annotated[str, OneOf(AUGMENTATIONS)], ...] = ()
+    mixup: NotNegative = 0.0
     precision: Precision = "no"
-    accumulate: int = 1
-    clip_norm: float | None = None
+    accumulate: Whole = 1
+    clip_norm: Positive | None = None
     channels_last: bool = False
     compile: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "milestones", _tuple("milestones", self.milestones))
-        object.__setattr__(self, "augment", _tuple("augment", self.augment))
-        _number("epochs", self.epochs, above=0)
-        _number("lr", self.lr, above=0)
-        _number("lr_min", self.lr_min, least=0)
-        _number("gamma", self.gamma, above=0)
-        _number("momentum", self.momentum, least=0, below=1)
-        _number("weight_decay", self.weight_decay, least=0)
-        _number("label_smoothing", self.label_smoothing, least=0, below=1)
-        _number("mixup", self.mixup, least=0)
-        if self.clip_norm is not None:
-            _number("clip_norm", self.clip_norm, above=0)
-        for milestone in self.milestones:
-            _number("milestones", milestone, above=0)
-        for name in ("batch_size", "accumulate"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
-        for name in ("nesterov", "channels_last", "compile"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
-        _choice("schedule", self.schedule, get_args(ScheduleName))
-        _choice("optimizer", self.optimizer, get_args(OptimizerName))
-        _choice("precision", self.precision, get_args(Precision))
-        for augmentation in self.augment:
-            _choice("augment", augmentation, AUGMENTATIONS)
+        check(self)
         if self.lr_min > self.lr:
             raise ConfigError(f"lr_min {self.lr_min} is larger than lr {self.lr}")
         if self.batch_size % self.accumulate:
@@ -160,35 +135,6 @@ class TrainSettings:
         else:
             share = (1 + math.cos(math.pi * step / total)) / 2
         return self.lr_min + (self.lr - self.lr_min) * share
-
-
-def _number(
-    name: str,
-    value: object,
-    *,
-    above: float | None = None,
-    least: float | None = None,
-    below: float = math.inf,
-) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ConfigError(f"{name} must be a number, got {value!r}")
-    if (above is not None and value <= above) or (least is not None and value < least) or value >= below:
-        wanted = f"above {above}" if above is not None else f"at least {least}"
-        wanted += f" and below {below}" if below < math.inf else ""
-        raise ConfigError(f"{name} must be {wanted}, got {value}")
-
-
-def _choice(name: str, value: object, known: Sequence[str]) -> None:
-    if value not in known:
-        near = get_close_matches(str(value), known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{name} must be one of {', '.join(known)}, got {value!r}{hint}")
-
-
-def _tuple(name: str, value: object) -> tuple[Any, ...]:
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise ConfigError(f"{name} must be a list, got {value!r}")
-    return tuple(value)
 
 
 @dataclass(frozen=True)
@@ -374,7 +320,7 @@ class Training:
             Whatever the pruner raises: GraphError, SurgeryError, BudgetError.
         """
         if eval_every is not None:
-            _number("eval_every", eval_every, above=0)
+            checked(eval_every, Positive, "eval_every")
         cuda = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
             torch.manual_seed(self.seed)
