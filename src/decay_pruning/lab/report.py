@@ -285,7 +285,8 @@ def _fading(result: Result) -> str:
         ", a sample of its structures." if any(len(r.lines) > 40 for r in result.runs) else "."
     )
     return (
-        f"<section><h2>How structures fade, and what it does to {escape(result.metric.word)}</h2><div class=panels>{panels}</div>"
+        f"<section><h2>How structures fade, and what it does to {escape(result.metric.word)}</h2>"
+        f"<div class=panels>{panels}</div>"
         f"<p class=note>{'' if len(result.arms) == 1 else ghosts.strip()}{shown} "
         "1 is the norm at the pick.</p>"
         "</section>\n"

@@ -84,7 +84,7 @@ class Metric(Scale):
         if not isinstance(scores, Tensor) or scores.shape != targets.shape[:1]:
             what = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
             raise ConfigError(
-                f"the metric {self.name!r} gave {what} for a batch of {len(targets)}: one score for each sample is needed"
+                f"the metric {self.name!r} gave {what} for a batch of {len(targets)}: it must give each sample a score"
             )
         return scores.double().sum()
 

@@ -25,7 +25,8 @@ from torch.optim import Optimizer
 
 from decay_pruning.errors import ConfigError
 from decay_pruning.hosts import Phase
-from decay_pruning.lab.data import AUGMENTATIONS, Batches, Data, Split
+from decay_pruning.lab.data import AUGMENTATIONS, Batches, Data
+from decay_pruning.lab.task import Split
 
 logger = logging.getLogger(__name__)
 
@@ -217,9 +218,10 @@ class History:
     Attributes:
         rows: a dict for each of some two hundred steps and for every evaluation, in order. Always: step
             (optimizer steps taken), epoch, lr, loss (mean since the last row). At evaluations: accuracy (of
-            the test images, percent, or the data's own metric) and why ("epoch", "end", or "removal": the pruner has just met its
-            target). With a pruner: macs, params, decaying, held, released, removed; and norms (structure →
-            share of its norm that is left) of at most `NORMS` structures while any decays.
+            the test images, percent, or the data's own metric) and why ("epoch", "end", or "removal": the
+            pruner has just met its target). With a pruner: macs, params, decaying, held, released, removed;
+            and norms (structure → share of its norm that is left) of at most `NORMS` structures while any
+            decays.
         steps: optimizer steps taken.
         seconds: spent training, evaluations not counted.
         report: what the pruner's `finish()` returned, or None.
