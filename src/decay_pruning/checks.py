@@ -23,11 +23,11 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from difflib import SequenceMatcher
-from numbers import Integral, Real
+from numbers import Integral, Number, Real
 from typing import Annotated, Any, Literal, cast
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from decay_pruning.errors import ConfigError
 
@@ -152,10 +152,27 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     return best if score >= 0.6 else None
 
 
+def as_inputs(inputs: Any) -> Any:
+    """Example inputs: a tensor, a tuple for `model(*inputs)`, a mapping for `model(**inputs)`, or a user's own object.
+
+    Raises:
+        ConfigError: they are something that no model takes.
+    """
+    named = not isinstance(inputs, Mapping) or all(isinstance(key, str) for key in inputs)
+    if isinstance(inputs, _NO_INPUTS) or not named:
+        raise ConfigError(
+            "example_inputs must be a tensor, a tuple for model(*inputs) or a dict of names for model(**inputs), got "
+            f"{shown(inputs)}"
+        )
+    return inputs
+
+
 def shown(value: object) -> str:
     """A value in a message, on one short line."""
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     try:
@@ -168,6 +185,8 @@ def shown(value: object) -> str:
 # -- inside --------------------------------------------------------------------------
 
 _NOT = object()
+#: What is given for example inputs by mistake: they are no tensors, nor could they hold any.
+_NO_INPUTS = (type(None), str, bytes, Number, np.ndarray, np.generic, nn.Module, type, set, frozenset)
 #: Whole numbers stay within what a tensor can hold.
 _LARGEST = 2**63 - 1
 _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "none"}
@@ -202,7 +221,7 @@ def _as(value: Any, kind: Any, name: str) -> Any:
     if origin is Literal:
         return value if isinstance(value, str) and value in typing.get_args(kind) else _NOT
     if origin is Callable or kind is Callable:
-        return value if callable(value) else _NOT
+        return value if callable(value) and not isinstance(value, type) else _NOT
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return _mapping(value, typing.get_args(kind), name)
     if origin is tuple:
