@@ -50,7 +50,7 @@ FINE = {
     "smooth": {"none": "the defaults"},
     "rectify": {"none": "never"},
     "total_steps": {"none": "unknown; another error says that N is a fraction"},
-    "on_event": {"none": "nobody listens", "function": "a listener"},
+    "on_event": {"none": "nobody listens"},
     "example_inputs": {
         "tensor": "the model says itself that it does not run on it",
         "object": "a user's own class of inputs",
@@ -90,6 +90,11 @@ def test_nonsense_for_the_pruner(argument, kind):
         ({"total_steps": "10"}, "total_steps must be a whole number or none, got '10'"),
         ({"total_steps": torch.tensor(10)}, r"total_steps must be a whole number or none, got a tensor"),
         ({"example_inputs": {1: torch.ones(1)}}, "a dict of names"),
+        (
+            {"on_event": no_picks},
+            r"on_event must be a function that takes an Event, or None, got <function no_picks",
+        ),
+        ({"host": lambda scene: {}}, "host.function must be a function of 2 arguments, got <function"),
         ({"on_event": []}, "on_event must be a function that takes an Event, or None, got"),
     ],
     ids=str,
@@ -107,6 +112,18 @@ def test_numbers_of_numpy_become_pythons():
     assert {type(n) for n in found} == {int}
 
 
+def test_functions_by_their_arguments():
+    for listener in (print, [].append, lambda *events: None, functools.partial(lambda a, b: None, 1)):
+        assert made(on_event=listener).target.keep == 0.5
+    for importance in (lambda: 1, lambda group, more: 1, nn.ReLU):
+        with pytest.raises(
+            ConfigError, match=r"importance must be one of .* or a function of 1 argument, got"
+        ):
+            DepGraph(importance=importance)
+    with pytest.raises(ConfigError, match=r"criterion must be .* or a function of 2 arguments or none, got"):
+        SelfRectifying(criterion=lambda seen: seen)
+
+
 def test_hosts_of_a_users_own():
     assert isinstance(made(host=no_picks).host, Custom)
     assert isinstance(made(host=functools.partial(no_picks)).host, Custom)
@@ -122,6 +139,7 @@ def test_hosts_of_a_users_own():
         ({"ignore": ("conv1",)}, r"no option 'ignore', only ignored, .*did you mean 'ignored'\?"),
         ({"ignored": "conv1"}, "ignored must be a list of names"),
         ({"ignored": [3]}, "ignored"),
+        ({"ignored": [int]}, "ignored"),
         ({"heads": {"conv1": 0}}, r"heads\['conv1'\] must be at least 1"),
         ({"heads": None}, "heads must be a mapping, got None"),
         ({"allow_inexact": 1}, "allow_inexact must be true or false, got 1"),

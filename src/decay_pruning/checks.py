@@ -17,6 +17,7 @@ are taken, and become Python's; tensors are not, because they may live on anothe
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import types
 import typing
@@ -220,15 +221,30 @@ def _as(value: Any, kind: Any, name: str) -> Any:
         return _number(value, kind)
     if origin is Literal:
         return value if isinstance(value, str) and value in typing.get_args(kind) else _NOT
-    if origin is Callable or kind is Callable:
-        return value if callable(value) and not isinstance(value, type) else _NOT
+    if origin is Callable:
+        return value if _takes(value, typing.get_args(kind)) else _NOT
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return _mapping(value, typing.get_args(kind), name)
     if origin is tuple:
         return _tuple(value, typing.get_args(kind), name)
+    if origin is type:
+        return value if isinstance(value, type) and issubclass(value, typing.get_args(kind)) else _NOT
     if getattr(kind, "_is_protocol", False):
         return value if all(hasattr(value, n) for n in vars(kind) if not n.startswith("_")) else _NOT
     return value if isinstance(value, origin or kind) else _NOT
+
+
+def _takes(function: Any, hints: tuple[Any, ...]) -> bool:
+    """Whether this can be called with so many arguments; a class is not what is meant, but one of it."""
+    if not callable(function) or isinstance(function, type):
+        return False
+    try:
+        inspect.signature(function).bind(*hints[0])
+    except ValueError:  # of a function in C, which does not tell
+        return True
+    except TypeError:
+        return False
+    return True
 
 
 def _number(value: Any, kind: type) -> Any:
@@ -273,8 +289,9 @@ def _words(kind: Any, notes: tuple[Any, ...]) -> str:
     origin = typing.get_origin(kind)
     if origin is Literal:
         return f"one of {', '.join(map(str, typing.get_args(kind)))}"
-    if origin is Callable or kind is Callable:
-        return "a function"
+    if origin is Callable:
+        arguments = len(typing.get_args(kind)[0])
+        return f"a function of {arguments} argument{'s' * (arguments != 1)}"
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return "a mapping"
     if origin is tuple:

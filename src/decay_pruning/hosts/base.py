@@ -22,7 +22,7 @@ from decay_pruning.graph import Graph
 from decay_pruning.structures import Picks, StructureSet
 
 #: Modules that keep their width: dotted names, modules themselves, or types of modules.
-Ignored = Annotated[tuple[str | nn.Module | type, ...], "a list of names of modules"]
+Ignored = Annotated[tuple[str | nn.Module | type[nn.Module], ...], "a list of names of modules"]
 
 
 @dataclass(frozen=True)
