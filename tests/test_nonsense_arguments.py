@@ -97,7 +97,6 @@ def test_nonsense_for_the_pruner(argument, kind):
         ({"host": lambda scene: {}}, "host.function must be a function of 2 arguments, got <function"),
         ({"on_event": []}, "on_event must be a function that takes an Event, or None, got"),
     ],
-    ids=str,
 )
 def test_messages(wrong, message):
     with pytest.raises(ConfigError, match=message):
@@ -147,7 +146,6 @@ def test_hosts_of_a_users_own():
         ({"host": 3}, "host must be a host"),
         ({"host": DepGraph(), "heads": {}}, "to the host, not beside it"),
     ],
-    ids=str,
 )
 def test_nonsense_for_inspect(options, message):
     with pytest.raises(ConfigError, match=message):
