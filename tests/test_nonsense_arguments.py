@@ -58,9 +58,7 @@ FINE = {
         "list of objects": "as above",
     },
 }
-ARGUMENTS = [
-    name for name in signatures.signature(Pruner.__init__).parameters if name not in ("self", "also")
-]
+ARGUMENTS = [name for name in signatures.signature(Pruner.__init__).parameters if name != "self"]
 
 
 @pytest.mark.parametrize(
@@ -95,6 +93,10 @@ def test_nonsense_for_the_pruner(argument, kind):
             r"on_event must be a function that takes an Event, or None, got <function no_picks",
         ),
         ({"host": lambda scene: {}}, "host.function must be a function of 2 arguments, got <function"),
+        (
+            {"also": nn.Sequential(nn.Linear(1, 1))},
+            "also must be a list of copies of the model, got Sequential",
+        ),
         ({"on_event": []}, "on_event must be a function that takes an Event, or None, got"),
     ],
 )

@@ -266,7 +266,7 @@ def _mapping(value: Any, hints: tuple[Any, ...], name: str) -> Any:
 
 
 def _tuple(value: Any, hints: tuple[Any, ...], name: str) -> Any:
-    if isinstance(value, str | bytes | Mapping | Tensor) or not isinstance(value, Iterable):
+    if isinstance(value, str | bytes | Mapping | Tensor | nn.Module) or not isinstance(value, Iterable):
         return _NOT
     values = list(value)
     each = [hints[0]] * len(values) if hints[-1] is Ellipsis else list(hints)

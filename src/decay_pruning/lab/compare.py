@@ -52,7 +52,8 @@ from decay_pruning.lab.trainer import (
     evaluate,
     train,
 )
-from decay_pruning.pruner import Progress, Pruner
+from decay_pruning.progress import Progress
+from decay_pruning.pruner import Pruner
 from decay_pruning.rectify import SelfRectifying
 
 logger = logging.getLogger(__name__)

@@ -31,7 +31,7 @@ from decay_pruning.engine import Event
 from decay_pruning.errors import BudgetError, ConfigError
 from decay_pruning.hosts import DepGraph, Goal, Host
 from decay_pruning.hosts.depgraph import IMPORTANCES
-from decay_pruning.pruner import Progress, PruningReport
+from decay_pruning.progress import Progress, PruningReport
 from decay_pruning.surgery import untouched
 
 logger = logging.getLogger(__name__)

@@ -434,8 +434,8 @@ def _made(result: Result) -> str:
     return (
         f"<section><h2>How it was made</h2><dl>{listed}</dl><details><summary>Recipe</summary>"
         f"<pre>{escape(_toml(result.recipe))}</pre></details></section>\n"
-        "<footer><p class=note>Decay Pruning Method: Yang et al., arXiv 2406.03879. C_rate and C_len are the "
-        "paper's names; their definitions are this library's own.</p></footer>"
+        "<footer><p class=note>Decay Pruning Method: Yang et al., arXiv 2406.03879. The normalisers of C_rate "
+        "and C_len are this library's own.</p></footer>"
     )
 
 
