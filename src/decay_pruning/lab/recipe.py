@@ -1,6 +1,6 @@
 """Recipes: everything that a run depends on, as one tree of dataclasses that a TOML file fills.
 
-[data]          which images
+[data]          which images, or a data set of your own with its loss and metric
 [model]         which network
 [dense]         how the dense start is trained, or where its weights lie
 [sparse]        optional: epochs of sparse learning between dense start and pruning, the same for all arms
@@ -19,7 +19,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
@@ -29,7 +29,7 @@ from decay_pruning.decay import SmoothPruning
 from decay_pruning.errors import ConfigError
 from decay_pruning.hosts import HOSTS, DepGraph, Host, SparseLearning
 from decay_pruning.lab import data as data_sets
-from decay_pruning.lab import models, settings
+from decay_pruning.lab import models, own, settings
 from decay_pruning.lab.data import Data
 from decay_pruning.lab.trainer import TrainSettings
 from decay_pruning.rectify import SelfRectifying
@@ -37,10 +37,13 @@ from decay_pruning.rectify import SelfRectifying
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Which images.
+    """Which images, or other samples.
 
     Attributes:
-        name: "digits", "cifar10" or "imagefolder".
+        name: "digits", "cifar10" or "imagefolder", or "module:function" for your own, a function that returns
+            `lab.task.TensorData`.
+        options: what else your own function takes.
+        beside: a folder that its module is looked for in first; of a recipe file, its own.
         root: folder of the data; digits need none.
         size: height and width to scale down to.
         train_limit, test_limit: use only so many images of each part.
@@ -50,6 +53,8 @@ class DataSettings:
     """
 
     name: str = "digits"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    beside: str | None = None
     root: str | None = None
     size: Whole | None = None
     train_limit: Whole | None = None
@@ -72,12 +77,10 @@ class DataSettings:
             size=self.size,
             train_limit=self.train_limit,
             test_limit=self.test_limit,
+            options=self.options,
+            beside=self.beside,
         )
-        if not self.validation:
-            return data
-        if not isinstance(data, data_sets.ImageData):
-            raise ConfigError("data.validation works on data sets that fit in memory, not on image folders")
-        return data_sets.split(data, self.validation, seed=0)
+        return data_sets.split(data, self.validation, seed=0) if self.validation else data
 
 
 @dataclass(frozen=True)
@@ -87,20 +90,28 @@ class ModelSettings:
     Attributes:
         name: one of the zoo, or "module:function" for your own.
         options: what else it takes, such as stem = "cifar" for resnet50.
+        beside: a folder that the module of your own is looked for in first; of a recipe file, its own.
     """
 
     name: str = "resnet-digits"
     options: Mapping[str, Any] = field(default_factory=dict)
+    beside: str | None = None
 
     def __post_init__(self) -> None:
         check(self)
 
     def build(self, data: Data, seed: int) -> nn.Module:
         """A fresh network that fits the data, with weights that depend on the seed alone."""
-        channels, size, _ = data.shape
-        classes = len(data.classes)
+        channels, size, _ = data.shape if len(data.shape) == 3 else (None, None, None)
+        classes = len(data.classes) or None
         return models.build(
-            self.name, classes=classes, channels=channels, size=size, seed=seed, **self.options
+            self.name,
+            classes=classes,
+            channels=channels,
+            size=size,
+            seed=seed,
+            beside=self.beside,
+            **self.options,
         )
 
 
@@ -109,8 +120,11 @@ class Dense(TrainSettings):
     """How the dense start is trained.
 
     Attributes:
+        epochs: 0 where the model comes with its weights.
         weights: a file with its weights, in place of any training.
     """
+
+    at_least_one_step: ClassVar[bool] = False
 
     weights: str | None = None
 
@@ -222,6 +236,12 @@ class Recipe:
         parts = {name: values[name] for name in ("device", "data", "model", "dense", "sparse")}
         shared = Recipe.from_dict(parts).to_dict()  # once more, so that 10 and 10.0 are the same
         del shared["report"], shared["data"]["root"], shared["data"]["workers"]
+        for section, what in (("data", "data set"), ("model", "model")):
+            name, beside = shared[section]["name"], shared[section].pop("beside")
+            if ":" in name:
+                shared[section]["code"] = own.fingerprint(name, what, beside)
+        if not shared["data"]["options"]:
+            del shared["data"]["options"]
         shared["prune"] = values["prune"]["host"] if self.sparse is not None else None
         if self.dense.weights is not None:
             shared["dense"] = hashlib.sha256(Path(self.dense.weights).expanduser().read_bytes()).hexdigest()
@@ -238,4 +258,8 @@ def load(path: str | Path, assignments: Iterable[str] = ()) -> Recipe:
     path = Path(path)
     values = settings.read(path)
     values.setdefault("name", path.stem)
-    return Recipe.from_dict(settings.override(values, assignments))
+    values = settings.override(values, assignments)
+    for section in (values.get("data"), values.get("model")):
+        if isinstance(section, dict) and ":" in str(section.get("name")):
+            section.setdefault("beside", str(path.parent.resolve()))
+    return Recipe.from_dict(values)
