@@ -454,7 +454,9 @@ def test_importances_without_an_opinion_or_with_a_wrong_one(caplog: pytest.LogCa
     scores = found.scores(tp.importance.BNScaleImportance(), found.structures)
     assert set(scores) == {"0", "7"}
     assert "no score to layer group '4'" in caplog.text
-    with pytest.raises(GraphError, match=r"returned \(2,\) values for layer group '0', which has 6 channels"):
+    with pytest.raises(
+        ConfigError, match=r"returned \(2,\) values for layer group '0', which has 6 channels"
+    ):
         found.scores(lambda group: torch.ones(2), found.structures)
     with pytest.raises(GraphError, match="cannot score layer group '0': ZeroDivisionError"):
         found.scores(lambda group: 1 / 0, found.structures)

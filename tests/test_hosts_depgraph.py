@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from decay_pruning import ConfigError, DepGraph, GraphError, Pruner, SmoothPruning, SparseLearning, Target
+from decay_pruning import ConfigError, DepGraph, Pruner, SmoothPruning, SparseLearning, Target
 from decay_pruning.hosts.depgraph import IMPORTANCES, GroupRegulariser
 
 from .registry import build_model, example, start
@@ -171,5 +171,5 @@ def test_wrong_settings(wrong):
 )
 def test_importance_that_returns_nothing_useful(value, words):
     run = start("residual", "depgraph", "sp", host=DepGraph(importance=lambda group: value))
-    with pytest.raises(GraphError, match=f"{words}.* for layer group 'conv1'|'conv1'.*{words}"):
+    with pytest.raises(ConfigError, match=f"{words}.* for layer group 'conv1'|'conv1'.*{words}"):
         run.step()

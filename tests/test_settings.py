@@ -34,8 +34,8 @@ def test_any_callable_is_a_schedule():
     [
         ({"steps": 0}, "at least 1"),
         ({"steps": 1.5}, "between 0 and 1"),
-        ({"steps": "ten"}, "number of steps"),
-        ({"schedule": "linaer"}, "no schedule"),
+        ({"steps": "ten"}, "number of optimizer steps"),
+        ({"schedule": "linaer"}, r"smooth\.schedule must be one of .*did you mean 'linear'\?"),
         ({"schedule": lambda n, N: 2.0}, "a fraction"),
         ({"slices": "gamma"}, "slices"),
         ({"bound": "both"}, "bound"),

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from decay_pruning.checks import Count, Whole, above, check, checked
+from decay_pruning.checks import Count, Whole, above, as_inputs, check, checked
 from decay_pruning.counting import count
 from decay_pruning.errors import ConfigError
 from decay_pruning.structures import Picks, Place, Role, StructureSet
@@ -86,10 +86,10 @@ def measure(model: nn.Module, example_inputs: Any) -> Cost:
     """MACs and parameters of a model as it is.
 
     Raises:
-        ConfigError: no model is given.
+        ConfigError: no model or no inputs are given.
         GraphError: the model does not run on these inputs.
     """
-    checked(model, nn.Module, "model")
+    model, example_inputs = checked(model, nn.Module, "model"), as_inputs(example_inputs)
     return Cost(macs=sum(product.macs for product in count(model, example_inputs)), params=_params(model))
 
 
@@ -106,7 +106,7 @@ def latency(model: nn.Module, example_inputs: Any, *, repeats: int = 20, warmup:
         ConfigError: repeats is below 1, or warmup below 0.
     """
     repeats, warmup = checked(repeats, Whole, "repeats"), checked(warmup, Count, "warmup")
-    checked(model, nn.Module, "model")
+    model, example_inputs = checked(model, nn.Module, "model"), as_inputs(example_inputs)
     times = []
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -17,17 +17,18 @@ are taken, and become Python's; tensors are not, because they may live on anothe
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from difflib import SequenceMatcher
-from numbers import Integral, Real
+from numbers import Integral, Number, Real
 from typing import Annotated, Any, Literal, cast
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from decay_pruning.errors import ConfigError
 
@@ -152,10 +153,27 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     return best if score >= 0.6 else None
 
 
+def as_inputs(inputs: Any) -> Any:
+    """Example inputs: a tensor, a tuple for `model(*inputs)`, a mapping for `model(**inputs)`, or a user's own object.
+
+    Raises:
+        ConfigError: they are something that no model takes.
+    """
+    named = not isinstance(inputs, Mapping) or all(isinstance(key, str) for key in inputs)
+    if isinstance(inputs, _NO_INPUTS) or not named:
+        raise ConfigError(
+            "example_inputs must be a tensor, a tuple for model(*inputs) or a dict of names for model(**inputs), got "
+            f"{shown(inputs)}"
+        )
+    return inputs
+
+
 def shown(value: object) -> str:
     """A value in a message, on one short line."""
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     try:
@@ -168,6 +186,8 @@ def shown(value: object) -> str:
 # -- inside --------------------------------------------------------------------------
 
 _NOT = object()
+#: What is given for example inputs by mistake: they are no tensors, nor could they hold any.
+_NO_INPUTS = (type(None), str, bytes, Number, np.ndarray, np.generic, nn.Module, type, set, frozenset)
 #: Whole numbers stay within what a tensor can hold.
 _LARGEST = 2**63 - 1
 _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "none"}
@@ -201,15 +221,30 @@ def _as(value: Any, kind: Any, name: str) -> Any:
         return _number(value, kind)
     if origin is Literal:
         return value if isinstance(value, str) and value in typing.get_args(kind) else _NOT
-    if origin is Callable or kind is Callable:
-        return value if callable(value) else _NOT
+    if origin is Callable:
+        return value if _takes(value, typing.get_args(kind)) else _NOT
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return _mapping(value, typing.get_args(kind), name)
     if origin is tuple:
         return _tuple(value, typing.get_args(kind), name)
+    if origin is type:
+        return value if isinstance(value, type) and issubclass(value, typing.get_args(kind)) else _NOT
     if getattr(kind, "_is_protocol", False):
         return value if all(hasattr(value, n) for n in vars(kind) if not n.startswith("_")) else _NOT
     return value if isinstance(value, origin or kind) else _NOT
+
+
+def _takes(function: Any, hints: tuple[Any, ...]) -> bool:
+    """Whether this can be called with so many arguments; a class is not what is meant, but one of it."""
+    if not callable(function) or isinstance(function, type):
+        return False
+    try:
+        inspect.signature(function).bind(*hints[0])
+    except ValueError:  # of a function in C, which does not tell
+        return True
+    except TypeError:
+        return False
+    return True
 
 
 def _number(value: Any, kind: type) -> Any:
@@ -231,7 +266,7 @@ def _mapping(value: Any, hints: tuple[Any, ...], name: str) -> Any:
 
 
 def _tuple(value: Any, hints: tuple[Any, ...], name: str) -> Any:
-    if isinstance(value, str | bytes | Mapping | Tensor) or not isinstance(value, Iterable):
+    if isinstance(value, str | bytes | Mapping | Tensor | nn.Module) or not isinstance(value, Iterable):
         return _NOT
     values = list(value)
     each = [hints[0]] * len(values) if hints[-1] is Ellipsis else list(hints)
@@ -254,8 +289,9 @@ def _words(kind: Any, notes: tuple[Any, ...]) -> str:
     origin = typing.get_origin(kind)
     if origin is Literal:
         return f"one of {', '.join(map(str, typing.get_args(kind)))}"
-    if origin is Callable or kind is Callable:
-        return "a function"
+    if origin is Callable:
+        arguments = len(typing.get_args(kind)[0])
+        return f"a function of {arguments} argument{'s' * (arguments != 1)}"
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return "a mapping"
     if origin is tuple:

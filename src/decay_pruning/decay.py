@@ -13,16 +13,20 @@ says what of it is published.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from decay_pruning.errors import ConfigError
-from decay_pruning.schedules import Schedule, resolve
+from decay_pruning.checks import OneOf, above, at_least, check
+from decay_pruning.schedules import SCHEDULES, Schedule, resolve
 from decay_pruning.slices import SliceBatch
 from decay_pruning.structures import Role
 
+Steps = (
+    Annotated[int, at_least(1, what="a number of optimizer steps")]
+    | Annotated[float, above(0, below=1, what="a share of the training that is left")]
+)
 Bound = Literal["slice", "joint"]
 Projection = Literal["shorten", "exact"]
 SliceChoice = Literal["all", "rows", "norm", "columns", "rows+norm", "norm+columns", "gates"]
@@ -62,29 +66,15 @@ class SmoothPruning:
         ConfigError: a value is out of range or unknown.
     """
 
-    steps: int | float = 0.2
-    schedule: str | Schedule = "linear"
+    steps: Steps = 0.2
+    schedule: Annotated[str, OneOf(SCHEDULES)] | Schedule = "linear"
     slices: SliceChoice = "all"
     bound: Bound = "slice"
     projection: Projection = "shorten"
 
     def __post_init__(self) -> None:
+        check(self, "smooth")
         resolve(self.schedule)
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int | float):
-            raise ConfigError(f"smooth.steps is a number of steps or a fraction, not {self.steps!r}")
-        if isinstance(self.steps, int) and self.steps < 1:
-            raise ConfigError(f"smooth.steps must be at least 1, not {self.steps}")
-        if isinstance(self.steps, float) and not 0 < self.steps < 1:
-            raise ConfigError(
-                f"smooth.steps = {self.steps}: a float is the share of the training that is left, between 0 and 1; "
-                "write an int for a number of optimizer steps"
-            )
-        if self.slices not in SLICES:
-            raise ConfigError(f"smooth.slices must be one of {', '.join(SLICES)}, not {self.slices!r}")
-        if self.bound not in get_args(Bound):
-            raise ConfigError(f"smooth.bound must be 'slice' or 'joint', not {self.bound!r}")
-        if self.projection not in get_args(Projection):
-            raise ConfigError(f"smooth.projection must be 'shorten' or 'exact', not {self.projection!r}")
 
     @classmethod
     def paper(cls, steps: int | float = 0.2, *, slices: SliceChoice = "all") -> SmoothPruning:

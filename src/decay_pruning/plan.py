@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from decay_pruning.budget import Cost, CostModel
+from decay_pruning.checks import as_inputs, checked, did_you_mean
 from decay_pruning.errors import ConfigError
-from decay_pruning.graph import Graph
-from decay_pruning.hosts import Host
+from decay_pruning.hosts import DepGraph, Host, as_host
 from decay_pruning.structures import Picks, StructureSet
 
 
@@ -63,10 +63,22 @@ def inspect(model: nn.Module, example_inputs: Any, host: Host | None = None, **o
         options: `ignored`, `heads`, `allow_inexact`, see `DepGraph`.
 
     Raises:
-        ConfigError: both a host and options.
+        ConfigError: both a host and options, or an option that is unknown or has a wrong value.
         GraphError: the model cannot be traced, or nothing in it can be pruned.
     """
     if host is not None and options:
         raise ConfigError(f"give {', '.join(options)} to the host, not beside it")
-    graph = host.graph(model, example_inputs) if host else Graph(model, example_inputs, **options)
+    model, example_inputs = checked(model, nn.Module, "model"), as_inputs(example_inputs)
+    finder = as_host(host) if host is not None else DepGraph(**_known(options))
+    graph = finder.graph(model, example_inputs)
     return Plan.of(graph.structures, {}, CostModel(model, example_inputs, graph.structures))
+
+
+def _known(options: dict[str, Any]) -> dict[str, Any]:
+    known = ("ignored", "heads", "allow_inexact")
+    for name in options:
+        if name not in known:
+            raise ConfigError(
+                f"inspect has no option {name!r}, only {', '.join(known)}{did_you_mean(name, known)}"
+            )
+    return options

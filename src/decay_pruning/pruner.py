@@ -11,18 +11,19 @@ import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from decay_pruning import copies, optimizers, surgery
-from decay_pruning.budget import Cost, CostModel, Target
+from decay_pruning.budget import Cost, CostModel, Target, as_target
+from decay_pruning.checks import Count, Whole, as_inputs, checked
 from decay_pruning.decay import SmoothPruning
 from decay_pruning.engine import Engine, Event
 from decay_pruning.errors import BudgetError, ConfigError, DecayPruningError
 from decay_pruning.fading import Key
-from decay_pruning.hosts import Custom, DepGraph, Goal, Host, Phase, Picker, Scene
+from decay_pruning.hosts import Goal, Host, Phase, Picker, Scene, as_host
 from decay_pruning.plan import Plan
 from decay_pruning.progress import Progress, PruningReport
 from decay_pruning.rectify import SelfRectifying
@@ -30,6 +31,10 @@ from decay_pruning.structures import Picks, StructureSet
 
 logger = logging.getLogger("decay_pruning")
 
+_Smooth = Annotated[SmoothPruning | None, "SmoothPruning(), or None for its defaults"]
+_Rectify = Annotated[SelfRectifying | None, "SelfRectifying(), or None for never"]
+_OnEvent = Annotated[Callable[[Event], None] | None, "a function that takes an Event, or None"]
+_Also = Annotated[tuple[Any, ...], "a list of copies of the model"]
 #: Containers that pickers change in place.
 _PLAIN = (dict, list, set)
 #: Rounds after which picks that do not lead to the target are an error.
@@ -75,19 +80,20 @@ class Pruner:
         also: Sequence[Any] = (),
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
-        self.model = model
-        self.target = Target(macs=target) if isinstance(target, int | float) else target
-        self.host: Host = _as_host(host)
-        self.smooth = smooth if smooth is not None else SmoothPruning()
-        self.rectify = rectify
-        self.start = start
-        self.total_steps = total_steps
+        self.model = checked(model, nn.Module, "model")
+        self.target = as_target(target)
+        self.host = as_host(host)
+        self.smooth: SmoothPruning = checked(smooth, _Smooth, "smooth") or SmoothPruning()
+        self.rectify: SelfRectifying | None = checked(rectify, _Rectify, "rectify")
+        self.start: int = checked(start, Count, "start")
+        self.total_steps: int | None = checked(total_steps, Whole | None, "total_steps")
+        on_event, example_inputs = checked(on_event, _OnEvent, "on_event"), as_inputs(example_inputs)
         self.example_inputs = example_inputs
         self._chain = optimizers.chain(optimizer)
         self._optimizer = self._chain[-1]
         self._check(model)
         optimizers.check(self._chain, model)
-        self._also = copies.given(also, model)
+        self._also = copies.given(checked(also, _Also, "also"), model)
 
         self.graph = self.host.graph(model, example_inputs)
         self.original: StructureSet = self.graph.structures
@@ -101,7 +107,7 @@ class Pruner:
         self._picker.check(self._scene(), self._goal(1.0))
         self._picker.attach(self._scene())
         self._round = 0  # picks made
-        self._due = start  # step of the next pick
+        self._due = self.start  # step of the next pick
         self._finished_at = 0
         self._left: tuple[Mapping[str, Tensor], Cost] = {}, self.before
         self._attached_at = 0
@@ -464,18 +470,6 @@ class Pruner:
                     f"{self.host.rounds} rounds of {self.smooth.steps} steps after a start at {self.start} do not fit "
                     f"into total_steps = {self.total_steps}"
                 )
-
-
-def _as_host(host: Host | Callable[[Scene, Goal], Picks] | None) -> Host:
-    if host is None:
-        return DepGraph()
-    if hasattr(host, "begin"):
-        return host  # type: ignore[return-value]
-    if callable(host):
-        return Custom(host)
-    raise ConfigError(
-        f"host must be a host such as DepGraph(), or a function (scene, goal) -> picks, not {host!r}"
-    )
 
 
 def _count(picks: Picks) -> int:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from decay_pruning.checks import Count, OneOf, Share, above, check
 from decay_pruning.errors import ConfigError
 from decay_pruning.resistance import SOURCES, Resistance, Source
 
@@ -76,37 +77,20 @@ class SelfRectifying:
 
     t_rate: float | None = None
     t_len: float | None = None
-    criterion: str | Criterion | None = None
-    average: float | None = None
-    warmup: float = 0.1
-    judge_from: float = 0.25
-    max_share: float = 0.05
-    cooldown: int = 1
-    retries: int = 0
+    criterion: Annotated[str, OneOf(CRITERIA)] | Criterion | None = None
+    average: Annotated[float, above(0, below=1)] | None = None
+    warmup: Share = 0.1
+    judge_from: Share = 0.25
+    max_share: Annotated[float, above(0, most=1)] = 0.05
+    cooldown: Count = 1
+    retries: Count = 0
     rate_per: Literal["step", "decay"] = "step"
 
     def __post_init__(self) -> None:
-        if isinstance(self.criterion, str) and self.criterion not in CRITERIA:
-            raise ConfigError(
-                f"no criterion is called {self.criterion!r}; choose one of {', '.join(CRITERIA)}"
-            )
-        if self.rate_per not in ("step", "decay"):
-            raise ConfigError(f"rectify.rate_per must be 'step' or 'decay', not {self.rate_per!r}")
+        check(self, "rectify")
         a_share = self.rule is not None and (self.rule.rate != "c_rate" or self.rate_per == "step")
         if self.t_rate is not None and a_share and not -1 <= self.t_rate <= 1:
             raise ConfigError(f"rectify.t_rate is a share between -1 and 1, not {self.t_rate}")
-        if self.average is not None and not 0 < self.average < 1:
-            raise ConfigError(f"rectify.average is None or a factor between 0 and 1, not {self.average}")
-        if not 0 < self.max_share <= 1:
-            raise ConfigError(f"rectify.max_share is a share of the pick in (0, 1], not {self.max_share}")
-        for name in ("warmup", "judge_from"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(
-                    f"rectify.{name} is a share of the decay in [0, 1), not {getattr(self, name)}"
-                )
-        for name in ("cooldown", "retries"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"rectify.{name} must not be negative, not {getattr(self, name)}")
 
     @classmethod
     def paper(

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Real
 
+from decay_pruning.checks import did_you_mean, shown
 from decay_pruning.errors import ConfigError
 
 Schedule = Callable[[int, int], float]
@@ -69,16 +71,22 @@ def resolve(schedule: str | Schedule) -> Schedule:
     """
     if isinstance(schedule, str):
         if schedule not in SCHEDULES:
-            raise ConfigError(f"no schedule is called {schedule!r}; choose one of {', '.join(SCHEDULES)}")
+            hint = did_you_mean(schedule, SCHEDULES)
+            raise ConfigError(
+                f"no schedule is called {schedule!r}; choose one of {', '.join(SCHEDULES)}{hint}"
+            )
         return SCHEDULES[schedule]
     if not callable(schedule):
-        raise ConfigError(f"a schedule is a name or a function (n, N) -> fraction, not {schedule!r}")
-    points = [schedule(n, 4) for n in range(5)]
-    if (
-        not all(isinstance(p, int | float) and -1e-6 <= p <= 1 + 1e-6 for p in points)
-        or abs(points[0] - 1) > 1e-6
-    ):
+        raise ConfigError(f"a schedule is a name or a function (n, N) -> fraction, not {shown(schedule)}")
+    try:
+        points = [schedule(n, 4) for n in range(5)]
+    except Exception as error:
         raise ConfigError(
-            f"a schedule returns a fraction from 1 (n = 0) down to 0; {schedule!r} gave {points} for N = 4"
+            f"a schedule is called with (n, N); {shown(schedule)} fails: {type(error).__name__}: {error}"
+        ) from error
+    numbers = [p for p in points if isinstance(p, Real) and not isinstance(p, bool)]
+    if len(numbers) < len(points) or not all(-1e-6 <= p <= 1 + 1e-6 for p in points) or points[0] < 1 - 1e-6:
+        raise ConfigError(
+            f"a schedule returns a fraction from 1 (n = 0) down to 0; {shown(schedule)} gave {shown(points)} for N = 4"
         )
     return schedule

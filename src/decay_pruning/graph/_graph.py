@@ -317,7 +317,8 @@ class Graph:
             that the importance has nothing to say about (it returns None) are left out, with a warning in the log.
 
         Raises:
-            GraphError: the importance fails or returns another number of values.
+            GraphError: the importance fails.
+            ConfigError: it returns something else than one number per channel.
         """
         found = {}
         for name, groups in self._current(structures).items():
@@ -335,7 +336,7 @@ class Graph:
                     break
                 if not isinstance(value, Tensor) or value.shape != owner.shape or value.is_complex():
                     what = f"{tuple(value.shape)} values" if isinstance(value, Tensor) else shown(value)
-                    raise GraphError(
+                    raise ConfigError(
                         f"{type(importance).__name__} returned {what} for layer group {name!r}, which has "
                         f"{owner.numel()} channels: one real number for each is needed, in a tensor"
                     )

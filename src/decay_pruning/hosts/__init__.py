@@ -1,7 +1,7 @@
 """Hosts: the pruning methods that pick. One file each."""
 
 from decay_pruning.hosts.base import Goal, Host, Phase, Picker, Scene
-from decay_pruning.hosts.custom import Custom
+from decay_pruning.hosts.custom import Custom, as_host
 from decay_pruning.hosts.depgraph import DepGraph, SparseLearning
 from decay_pruning.hosts.gate_decorator import GateDecorator
 from decay_pruning.hosts.otov2 import OTOv2
@@ -22,5 +22,6 @@ __all__ = [
     "Picker",
     "Scene",
     "SparseLearning",
+    "as_host",
     "choose",
 ]

@@ -22,7 +22,7 @@ from decay_pruning.graph import Graph
 from decay_pruning.structures import Picks, StructureSet
 
 #: Modules that keep their width: dotted names, modules themselves, or types of modules.
-Ignored = Annotated[tuple[str | nn.Module | type, ...], "a list of names of modules"]
+Ignored = Annotated[tuple[str | nn.Module | type[nn.Module], ...], "a list of names of modules"]
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def as_picks(picks: object, structures: StructureSet) -> dict[str, list[int]]:
     Indices can come in any iterable of whole numbers: a list, a set, a generator, an array, a tensor.
 
     Raises:
-        ConfigError: they are something else, or of a layer group that does not exist.
+        ConfigError: they are something else, or of a layer group or structure that does not exist.
     """
     if not isinstance(picks, Mapping):
         raise ConfigError(
@@ -190,12 +190,12 @@ def as_picks(picks: object, structures: StructureSet) -> dict[str, list[int]]:
         if name not in structures.groups:
             hint = did_you_mean(name, structures.groups)
             raise ConfigError(f"a host picked from {shown(name)}, which is no layer group{hint}")
-        if indices := _indices(name, ids):
+        if indices := _indices(name, ids, set(structures.groups[name].ids.tolist())):
             found[name] = indices
     return found
 
 
-def _indices(name: str, ids: object) -> list[int]:
+def _indices(name: str, ids: object, known: set[int]) -> list[int]:
     wanted = f"picks of layer group {name!r} must be whole numbers, the indices of structures"
     if isinstance(ids, Tensor | np.ndarray) and "bool" in str(ids.dtype):
         raise ConfigError(f"{wanted}; got a mask: pass structures.groups[{name!r}].ids[mask]")
@@ -205,13 +205,15 @@ def _indices(name: str, ids: object) -> list[int]:
         or getattr(ids, "ndim", 1) != 1
     ):
         raise ConfigError(f"{wanted}; got {shown(ids)}")
-    values = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else list(ids)
+    values: Iterable[Any] = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else ids
     found = set()
     for value in values:
         if isinstance(value, Tensor) and value.ndim == 0:
             value = value.item()
         if isinstance(value, bool) or not isinstance(value, Integral):
             raise ConfigError(f"{wanted}; got {shown(value)} among them")
+        if int(value) not in known:
+            raise ConfigError(f"layer group {name!r} has no structure {shown(int(value))} (any more)")
         found.add(int(value))
     return sorted(found)
 

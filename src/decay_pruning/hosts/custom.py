@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 from torch import nn
 
-from decay_pruning.checks import Count, Whole, check
+from decay_pruning.checks import Count, Whole, check, shown
+from decay_pruning.errors import ConfigError
 from decay_pruning.graph import Graph
-from decay_pruning.hosts.base import Goal, Ignored, Picker, Scene
+from decay_pruning.hosts.base import Goal, Host, Ignored, Picker, Scene, as_picks
+from decay_pruning.hosts.depgraph import DepGraph
 from decay_pruning.structures import Picks
 
 
@@ -48,9 +51,28 @@ class Custom:
         return _Function(self.function)
 
 
+def as_host(host: Host | Callable[[Scene, Goal], Picks] | None) -> Host:
+    """A host as the user gives it: none is DepGraph, and a function that picks is one, too.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if host is None:
+        return DepGraph()
+    if isinstance(host, type):
+        raise ConfigError(f"host is the class {host.__name__}; make one: {host.__name__}()")
+    if all(hasattr(host, name) for name in ("begin", "graph", "rounds", "interval")):
+        return cast(Host, host)
+    if callable(host):
+        return Custom(host)
+    raise ConfigError(
+        f"host must be a host such as DepGraph(), or a function (scene, goal) -> picks, got {shown(host)}"
+    )
+
+
 class _Function(Picker):
     def __init__(self, function: Callable[[Scene, Goal], Picks]) -> None:
         self._function = function
 
     def pick(self, scene: Scene, goal: Goal) -> Picks:
-        return self._function(scene, goal)
+        return as_picks(self._function(scene, goal), scene.structures)

@@ -53,6 +53,7 @@ def choose(
         ConfigError: a value is out of range, or scores that do not fit the structures.
         BudgetError: not even all that may go would meet the goal.
     """
+    checked(scene, Scene, "scene"), checked(goal, Goal, "goal")
     scope, round_to = checked(scope, Scope, "scope"), checked(round_to, Whole, "round_to")
     min_kept, strict = checked(min_kept, MinKept, "min_kept"), checked(strict, bool, "strict")
     scores = _as_scores(scores, scene.structures)
