@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -43,17 +44,10 @@ def count(model: nn.Module, example_inputs: Any) -> list[Product]:
     return ledger.products
 
 
-@contextlib.contextmanager
-def _eager() -> Iterator[None]:
-    """Inside, torch does in products what it has fused kernels for that hide them."""
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+def _eager() -> AbstractContextManager[Any]:
+    """Inside, compiled functions run as they were written."""
     compiled = {"torch._dynamo", "torch.nn.attention.flex_attention"} & sys.modules.keys()  # a costly import
-    try:
-        with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
+    return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -133,7 +127,10 @@ class _Counter(TorchDispatchMode):
 
 
 class _Attention(TorchFunctionMode):
-    """Counts attention where it is asked for: kernels see padded heads, and some are products of their own."""
+    """Counts attention where it is asked for: kernels see padded heads, and some are products of their own.
+
+    `nn.MultiheadAttention` and `nn.TransformerEncoder` take no fast path, which would hide their products, in a mode.
+    """
 
     def __init__(self, counter: _Counter) -> None:
         super().__init__()
