@@ -195,6 +195,7 @@ def test_lbfgs_is_refused_when_the_pruner_is_made():
         start("plain", "depgraph", optimizer=lambda p: torch.optim.LBFGS(p))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile], ids=["DataParallel", "compile"])
 def test_a_wrapped_model_is_refused_by_name(wrap):
     from decay_pruning import Pruner

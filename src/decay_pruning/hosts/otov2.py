@@ -383,9 +383,13 @@ class _DHSPG(Picker):
 
     def may_remove(self, scene: Scene) -> bool:
         if not scene.wanting():
-            return not scene.decaying
-        every = self._host.remove_every
-        return bool(every) and scene.step >= max(self._removed_at, self._begun or 0) + every
+            now = not scene.decaying
+        else:
+            every = self._host.remove_every
+            now = bool(every) and scene.step >= max(self._removed_at, self._begun or 0) + every
+        if now:
+            self._removed_at = scene.step
+        return now
 
     # -- the redundant set -----------------------------------------------------------------------------------
 
@@ -472,8 +476,6 @@ class _DHSPG(Picker):
         device = next(iter(scene.parameters.values())).device
         moved = self._structures is not None and self._zig.device != device
         if self._structures is not scene.structures or moved:
-            if self._structures is not None and not moved:
-                self._removed_at = scene.step
             self._structures = scene.structures
             original = scene.graph.structures.groups
             ends = torch.tensor([len(group) for group in original.values()]).cumsum(0).tolist()
