@@ -63,10 +63,10 @@ class History:
         return History(dict(self.original), dict(self.positions))
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """Plain lists and numbers, fit for JSON."""
+        """Plain lists and numbers, fit for JSON, in the order of names."""
         return [
             {"tensor": name, "dim": dim, "original": self.original[name, dim], "kept": keep.tolist()}
-            for (name, dim), keep in self.positions.items()
+            for (name, dim), keep in sorted(self.positions.items(), key=lambda entry: entry[0])
         ]
 
     def load_state_dict(self, state: Iterable[Mapping[str, Any]]) -> None:
@@ -77,9 +77,43 @@ class History:
 
 
 def history(model: nn.Module) -> History:
-    """What surgery has cut out of this model so far (a copy). It travels with `copy.deepcopy(model)`."""
-    past = model.__dict__.get(_HISTORY)
+    """What surgery has cut out of this model so far (a copy), be it as a whole or in parts.
+
+    Each module keeps its own part of it, so that it travels with `copy.deepcopy`, into a larger model and out of one.
+    """
+    found = History()
+    for path, module in model.named_modules():
+        past = _own_history(module)
+        prefix = f"{path}." if path else ""
+        found.original |= {(prefix + leaf, dim): size for (leaf, dim), size in past.original.items()}
+        found.positions |= {(prefix + leaf, dim): keep for (leaf, dim), keep in past.positions.items()}
+    return found
+
+
+def _own_history(module: nn.Module) -> History:
+    """A copy of what a module has noted about its own tensors and attributes."""
+    past = module.__dict__.get(_HISTORY)
     return past.copy() if isinstance(past, History) else History()
+
+
+def _noted(model: nn.Module, kept: Kept, sizes: Mapping[Place, int]) -> dict[nn.Module, History]:
+    """What the modules will have noted after this cut. A tied tensor is noted with each module that holds it."""
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                holders.setdefault(id(tensor), []).append((module, leaf))
+    new: dict[nn.Module, History] = {}
+    done = set()
+    for place, keep in kept.items():
+        name, dim = place
+        thing = lookup(model, name)
+        for module, leaf in holders.get(id(thing), []) if isinstance(thing, Tensor) else [parent(model, name)]:
+            if (module, leaf, dim) not in done:  # of a tied tensor, both names can be given
+                done.add((module, leaf, dim))
+                past = new.setdefault(module, _own_history(module))
+                past.update({(leaf, dim): keep}, {(leaf, dim): sizes[place]})
+    return new
 
 
 # ------------------------------------------------------------------------------------------------ places
@@ -162,18 +196,18 @@ def shrink(model: nn.Module, kept: Kept, optimizer: Optimizers = None) -> Callab
     cuts, attributes = _sort_places(model, kept)
     updates = [update for each in _as_list(optimizer) for update in _state_updates(each, cuts)]
 
-    past = model.__dict__.get(_HISTORY)
-    now = history(model)
-    now.update(kept, sizes)
+    noted = _noted(model, kept, sizes)
+    past = {module: module.__dict__.get(_HISTORY) for module in noted}
     undo: list[Callable[[], None]] = []
 
     def put_back() -> None:
         for step in reversed(undo):
             step()
-        if past is None:
-            model.__dict__.pop(_HISTORY, None)
-        else:
-            model.__dict__[_HISTORY] = past
+        for module, before in past.items():
+            if before is None:
+                module.__dict__.pop(_HISTORY, None)
+            else:
+                module.__dict__[_HISTORY] = before
 
     try:
         for cut in cuts:
@@ -186,10 +220,11 @@ def shrink(model: nn.Module, kept: Kept, optimizer: Optimizers = None) -> Callab
             value = getattr(module, leaf)
             undo.append(_attribute_setter(module, leaf, value))
             setattr(module, leaf, _shorter(value, dims))
+        for module, now in noted.items():
+            module.__dict__[_HISTORY] = now
     except BaseException:  # out of memory, interrupted: never leave half a cut behind
         put_back()
         raise
-    model.__dict__[_HISTORY] = now
     return put_back
 
 
