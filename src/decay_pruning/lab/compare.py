@@ -474,10 +474,11 @@ def _result(file: Path, recipe: Recipe, data: Data, command: str, jobs: int) -> 
 def _decisive(recipe: Mapping[str, Any], rectified: bool) -> dict[str, Any]:
     """A recipe without what does not change a figure; how it rectifies does only where there are such runs."""
     values = {k: v for k, v in recipe.items() if k not in ("name", "title")}
-    values["data"] = {k: v for k, v in values["data"].items() if k not in ("root", "workers")}
-    values["report"] = {k: v for k, v in values["report"].items() if k != "save_models"}
+    left_out = {"data": ("root", "workers"), "report": ("save_models",)}
     if not rectified:
-        values["prune"] = {k: v for k, v in values["prune"].items() if k != "rectify"}
+        left_out["prune"] = ("rectify",)
+    for section, keys in left_out.items():
+        values[section] = {k: v for k, v in (values.get(section) or {}).items() if k not in keys}
     return values
 
 
