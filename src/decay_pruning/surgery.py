@@ -55,9 +55,10 @@ class History:
     def update(self, kept: Kept, sizes: Mapping[Place, int]) -> None:
         """Note one cut: `kept` are positions before the cut, `sizes` the sizes before it."""
         for place, keep in kept.items():
-            self.original.setdefault(place, sizes[place])
             before = self.positions.get(place)
-            self.positions[place] = keep.clone() if before is None else before[keep]
+            if before is None or before.numel() != sizes[place]:  # not known, or out of date
+                self.original[place], before = sizes[place], torch.arange(sizes[place])
+            self.positions[place] = before[keep.cpu()]
 
     def copy(self) -> History:
         return History(dict(self.original), dict(self.positions))
@@ -79,21 +80,19 @@ class History:
 def history(model: nn.Module) -> History:
     """What surgery has cut out of this model so far (a copy), be it as a whole or in parts.
 
-    Each module keeps its own part of it, so that it travels with `copy.deepcopy`, into a larger model and out of one.
+    Each module notes its own part of it, which so travels with `copy.deepcopy`, into a larger model and out of one.
+    The model that was given to surgery notes the whole, for modules that are replaced afterwards.
     """
-    found = History()
+    found, own = History(), History()
     for path, module in model.named_modules():
-        past = _own_history(module)
-        prefix = f"{path}." if path else ""
-        found.original |= {(prefix + leaf, dim): size for (leaf, dim), size in past.original.items()}
-        found.positions |= {(prefix + leaf, dim): keep for (leaf, dim), keep in past.positions.items()}
-    return found
-
-
-def _own_history(module: nn.Module) -> History:
-    """A copy of what a module has noted about its own tensors and attributes."""
-    past = module.__dict__.get(_HISTORY)
-    return past.copy() if isinstance(past, History) else History()
+        past = module.__dict__.get(_HISTORY)
+        if isinstance(past, History):
+            prefix = f"{path}." if path else ""
+            for (name, dim), keep in past.positions.items():
+                target = found if "." in name else own
+                target.original.setdefault((prefix + name, dim), past.original[name, dim])
+                target.positions.setdefault((prefix + name, dim), keep)
+    return History({**found.original, **own.original}, {**found.positions, **own.positions})
 
 
 def _noted(model: nn.Module, kept: Kept, sizes: Mapping[Place, int]) -> dict[nn.Module, History]:
@@ -103,16 +102,19 @@ def _noted(model: nn.Module, kept: Kept, sizes: Mapping[Place, int]) -> dict[nn.
         for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
                 holders.setdefault(id(tensor), []).append((module, leaf))
-    new: dict[nn.Module, History] = {}
-    done = set()
-    for place, keep in kept.items():
+    whole = history(model)
+    whole.update(kept, sizes)
+    new = {model: whole}
+    for place in kept:
         name, dim = place
         thing = lookup(model, name)
-        for module, leaf in holders.get(id(thing), []) if isinstance(thing, Tensor) else [parent(model, name)]:
-            if (module, leaf, dim) not in done:  # of a tied tensor, both names can be given
-                done.add((module, leaf, dim))
-                past = new.setdefault(module, _own_history(module))
-                past.update({(leaf, dim): keep}, {(leaf, dim): sizes[place]})
+        for module, leaf in (
+            holders.get(id(thing), []) if isinstance(thing, Tensor) else [parent(model, name)]
+        ):
+            past = module.__dict__.get(_HISTORY)
+            own = new.setdefault(module, past.copy() if isinstance(past, History) else History())
+            own.original[leaf, dim] = whole.original[place]
+            own.positions[leaf, dim] = whole.positions[place]
     return new
 
 
@@ -269,7 +271,7 @@ def _sort_places(model: nn.Module, kept: Kept) -> tuple[list[_Cut], dict[str, di
             )
         if is_lazy(thing):
             raise SurgeryError(f"{name!r} is not initialised yet; run the model once before pruning it")
-        if thing.grad_fn is not None or _registered(model, name) is not thing:
+        if thing.grad_fn is not None or registered(model, name) is not thing:
             raise SurgeryError(
                 f"{name!r} is computed from other tensors (weight norm, a parametrization or a mask) and cannot be "
                 "cut; make it a plain parameter first"
@@ -282,7 +284,7 @@ def _sort_places(model: nn.Module, kept: Kept) -> tuple[list[_Cut], dict[str, di
     return list(cuts.values()), attributes
 
 
-def _registered(model: nn.Module, name: str) -> Tensor | None:
+def registered(model: nn.Module, name: str) -> Tensor | None:
     module, leaf = parent(model, name)
     return module._parameters.get(leaf, module._buffers.get(leaf))
 
