@@ -14,23 +14,23 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import logging
 import os
 import statistics
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from decay_pruning import manifest
+from decay_pruning import archive, manifest
 from decay_pruning.budget import latency, measure
 from decay_pruning.decay import SmoothPruning
 from decay_pruning.engine import Event
@@ -125,6 +125,7 @@ def compare(
 
     Raises:
         ConfigError: unknown arms, or a result in `out` that belongs to another recipe.
+        DecayPruningError: another process works on `out`, or it cannot be written.
         Whatever a run raises, with arm and seed in front.
     """
     if not arms or not seeds:
@@ -138,17 +139,33 @@ def compare(
         raise ConfigError(f"jobs must be at least 1, not {jobs}")
     if jobs > 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("several jobs are for one process; under torchrun a run takes all processes")
-    out = Path(out)
+    with results.alone(Path(out)) if _is_main() else nullcontext():
+        return _go_on(recipe, arms, seeds, Path(out), command, starts, jobs, watch, on_run)
+
+
+def _go_on(
+    recipe: Recipe,
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    command: str,
+    starts: str | Path | None,
+    jobs: int,
+    watch: Watch | None,
+    on_run: Callable[[Run], None] | None,
+) -> Result:
+    """`compare`, where no other process works on `out`."""
     folder = out / "starts" if starts is None else Path(starts)
     file = out / results.FILE
     data = recipe.data.load()
     result = _result(file, recipe, data, command, jobs)
     arms = sorted(set(arms), key=ARMS.index)
+    _mind_models(recipe, result, arms, seeds, out)
     runs: dict[int, list[partial[Run]]] = {}
     for seed in dict.fromkeys(seeds):
         for arm in arms:
             if result.find(arm, seed) is None:
-                keep = out / "models" / f"{arm}-{seed}.safetensors" if recipe.report.save_models else None
+                keep = _model_file(out, arm, seed) if recipe.report.save_models else None
                 runs.setdefault(seed, []).append(partial(run_from, recipe, arm, seed, folder, save_to=keep))
     if jobs == 1:
 
@@ -174,6 +191,25 @@ def compare(
             if on_run is not None:
                 on_run(run)
     return result
+
+
+def _mind_models(
+    recipe: Recipe, result: Result, arms: Sequence[str], seeds: Sequence[int], out: Path
+) -> None:
+    """Say which models an earlier call did not keep, where they are asked for now."""
+    if not recipe.report.save_models or not _is_main():
+        return
+    made = [(a, s) for s in dict.fromkeys(seeds) for a in arms if a not in PEERS and result.find(a, s)]
+    if missing := [f"{arm}-{seed}" for arm, seed in made if not _model_file(out, arm, seed).is_file()]:
+        logger.warning(
+            "no models of %s: these runs are from an earlier call that did not keep them; "
+            "choose another --out to have them made",
+            ", ".join(missing),
+        )
+
+
+def _model_file(out: Path, arm: str, seed: int) -> Path:
+    return out / "models" / f"{arm}-{seed}.safetensors"
 
 
 def make_start(recipe: Recipe, seed: int, folder: Path) -> None:
@@ -219,9 +255,10 @@ def dense_start(recipe: Recipe, data: Data, seed: int, folder: Path, watch: Watc
         models.load_weights(model, given)
         return model.to(_device(recipe))
     file = folder / f"seed{seed}-{recipe.key_of_start(data, seed)}.safetensors"
+    facts = _facts(recipe, model, data, seed)
     if file.is_file():
         logger.info("dense start of seed %d from %s", seed, file)
-        models.load_weights(model, file)
+        _load_start(model, file, facts)
         return model.to(_device(recipe))
     if recipe.sparse is not None:  # the same dense start as without it, once for both
         model = dense_start(replace(recipe, sparse=None), data, seed, folder, watch)
@@ -229,7 +266,7 @@ def dense_start(recipe: Recipe, data: Data, seed: int, folder: Path, watch: Watc
     else:
         _train(recipe, recipe.dense, model, data, seed, Job("dense", seed, True), watch)
     if _is_main():
-        _save_weights(model, file)
+        _save_start(model, file, facts)
     return model.to(_device(recipe))
 
 
@@ -262,7 +299,8 @@ def run_arm(
     one = torch.zeros(1, *data.shape, device=_device(recipe))
     before, after = measure(start, one), measure(model, one)
     if save_to is not None and _is_main() and arm not in PEERS:  # a manifest needs our own surgery
-        save_to.parent.mkdir(parents=True, exist_ok=True)
+        with results.told(save_to):
+            save_to.parent.mkdir(parents=True, exist_ok=True)
         manifest.save(model, save_to)
     batch = one.new_zeros(recipe.report.latency_batch, *data.shape)
     return Run(
@@ -482,17 +520,45 @@ def _decisive(recipe: Mapping[str, Any], rectified: bool) -> dict[str, Any]:
     return values
 
 
-def _save_weights(model: nn.Module, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
+def _facts(recipe: Recipe, model: nn.Module, data: Data, seed: int) -> dict[str, Any]:
+    """What a dense start is: it goes into its file."""
+    settings, name, note, images, shape, _ = recipe.facts_of_start(data, seed)
+    facts = {
+        "recipe": settings,
+        "data": {"name": name, "note": note, "images": images, "shape": shape},
+        "labels": _short_hash(data.labels("train").contiguous().numpy().tobytes()),
+        "layers": _short_hash(repr(model).encode()),
+        "seed": seed,
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(facts))
+    return plain
+
+
+def _short_hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:12]
+
+
+def _save_start(model: nn.Module, file: Path, facts: Mapping[str, Any]) -> None:
+    with results.told(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    archive.write(file, model.state_dict(), {"kind": "dense start", "start": facts})
+
+
+def _load_start(model: nn.Module, file: Path, facts: Mapping[str, Any]) -> None:
+    """Fill a model with a dense start.
+
+    Raises:
+        ManifestError: the file is damaged, or it is another start than it should be.
+    """
     try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, partial)
-        partial.chmod(0o644)
-        os.replace(partial, file)
-    except OSError as error:
-        raise ManifestError(f"cannot save the dense start to {file}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+        noted = archive.read(file)[0].get("start")
+        if not isinstance(noted, dict):
+            raise ManifestError(f"{file} is no dense start")
+        if changed := results.differences(noted, facts):
+            raise ManifestError(f"{file} is the dense start of another recipe ({'; '.join(changed[:3])})")
+        models.load_weights(model, file)
+    except ManifestError as error:
+        raise ManifestError(f"{error}; move it away, and it is trained anew") from error
 
 
 def _device(recipe: Recipe) -> torch.device:

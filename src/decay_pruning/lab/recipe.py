@@ -189,6 +189,19 @@ class Recipe:
     prune: Prune = field(default_factory=Prune)
     report: ReportSettings = field(default_factory=ReportSettings)
 
+    def __post_init__(self) -> None:
+        name = self.name
+        if (
+            not isinstance(name, str)
+            or name.strip(" .") != name
+            or not 0 < len(name.encode(errors="replace")) <= 200
+            or any(c in '/\\:*?"<>|' or not c.isprintable() for c in name)
+        ):
+            raise ConfigError(
+                f'the name of a recipe is that of a folder, without any of / \\ : * ? " < > | and no dot at its '
+                f"ends, not {name!r}"
+            )
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
         """From plain values, such as those of a result file.
@@ -204,7 +217,16 @@ class Recipe:
         return values
 
     def key_of_start(self, data: Data, seed: int) -> str:
-        """A short hash of everything that the start of all arms depends on, for its file's name.
+        """A short hash of `facts_of_start`, for its file's name.
+
+        Raises:
+            OSError: `dense.weights` cannot be read.
+        """
+        facts = json.dumps(self.facts_of_start(data, seed), sort_keys=True)
+        return hashlib.sha256(facts.encode()).hexdigest()[:12]
+
+    def facts_of_start(self, data: Data, seed: int) -> list[Any]:
+        """Everything that the start of all arms depends on: settings, data set, seed.
 
         Raises:
             OSError: `dense.weights` cannot be read.
@@ -216,8 +238,7 @@ class Recipe:
         shared["prune"] = values["prune"]["host"] if self.sparse is not None else None
         if self.dense.weights is not None:
             shared["dense"] = hashlib.sha256(Path(self.dense.weights).expanduser().read_bytes()).hexdigest()
-        facts = [shared, data.name, data.note, len(data.labels("train")), data.shape, seed]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+        return [shared, data.name, data.note, len(data.labels("train")), data.shape, seed]
 
 
 def load(path: str | Path, assignments: Iterable[str] = ()) -> Recipe:
