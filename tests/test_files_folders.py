@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from decay_pruning import cli, save
 from decay_pruning.errors import ConfigError, DecayPruningError, ManifestError
@@ -171,7 +172,7 @@ def test_a_file_where_a_folder_should_be(tmp_path: Path, capsys: pytest.CaptureF
     assert (tmp_path / "file").read_text() == "mine"
 
 
-# -------------------------------------------------------------------------------------------------- models, asked for later
+# ---------------------------------------------------------------------------------------- models, asked for later
 
 
 def test_models_that_were_not_kept_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -211,7 +212,7 @@ def test_a_start_says_what_it_is_and_is_refused_for_another_recipe(tmp_path: Pat
     with pytest.raises(ManifestError, match="is no dense start; move it away"):
         compare.dense_start(one, data, 0, starts)
     mine.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
-    with pytest.raises(ManifestError, match="is damaged: .*move it away"):
+    with pytest.raises(ManifestError, match=r"is damaged: .*move it away"):
         compare.dense_start(one, data, 0, starts)
     mine.write_bytes(before)
     compare.dense_start(one, data, 0, starts)
@@ -219,8 +220,6 @@ def test_a_start_says_what_it_is_and_is_refused_for_another_recipe(tmp_path: Pat
 
 def test_a_model_whose_code_changed_is_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Same recipe, same names and shapes: only the layers tell."""
-    from torch import nn
-
     recipe = small("dense.epochs=1")
     data = recipe.data.load()
     compare.dense_start(recipe, data, 0, tmp_path)
@@ -229,13 +228,13 @@ def test_a_model_whose_code_changed_is_another_one(tmp_path: Path, monkeypatch: 
     def changed(self: Any, data: Any, seed: int) -> nn.Module:
         model = build(self, data, seed)
         for module in model.modules():
-            for name, child in module.named_children():
+            for child in module.children():
                 if isinstance(child, nn.BatchNorm2d):
                     child.eps = 1e-3
         return model
 
     monkeypatch.setattr(type(recipe.model), "build", changed)
-    with pytest.raises(ManifestError, match="dense start of another recipe .*layers: "):
+    with pytest.raises(ManifestError, match=r"dense start of another recipe .*layers: "):
         compare.dense_start(recipe, data, 0, tmp_path)
 
 
