@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import logging
 import os
 import statistics
@@ -26,11 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from decay_pruning import manifest
+from decay_pruning import archive, manifest
 from decay_pruning.budget import latency, measure
 from decay_pruning.decay import SmoothPruning
 from decay_pruning.engine import Event
@@ -214,10 +214,11 @@ def run_from(
 def dense_start(recipe: Recipe, data: Data, seed: int, folder: Path, watch: Watch | None = None) -> nn.Module:
     """The model that all arms of a seed start from, on the device.
 
-    It is kept in `folder`, under a hash of its settings.
+    It is kept in `folder`, under a hash of its settings, and says in the file what these were.
 
     Raises:
-        ManifestError: the weights that the recipe names are missing or do not fit.
+        ManifestError: the weights that the recipe names are missing or do not fit, or the kept start is damaged or
+            that of another recipe.
     """
     model = recipe.model.build(data, seed)
     given = recipe.dense.weights
@@ -229,7 +230,7 @@ def dense_start(recipe: Recipe, data: Data, seed: int, folder: Path, watch: Watc
     file = folder / f"seed{seed}-{recipe.key_of_start(data, seed)}.safetensors"
     if file.is_file():
         logger.info("dense start of seed %d from %s", seed, file)
-        models.load_weights(model, file)
+        _load_start(model, file, recipe.facts_of_start(data, seed))
         return model.to(_device(recipe))
     if recipe.sparse is not None:  # the same dense start as without it, once for both
         model = dense_start(replace(recipe, sparse=None), data, seed, folder, watch)
@@ -237,7 +238,7 @@ def dense_start(recipe: Recipe, data: Data, seed: int, folder: Path, watch: Watc
     else:
         _train(recipe, recipe.dense, model, data, seed, Job("dense", seed, True), watch)
     if _is_main():
-        _save_weights(model, file)
+        _save_start(model, file, recipe.facts_of_start(data, seed))
     return model.to(_device(recipe))
 
 
@@ -494,17 +495,34 @@ def _decisive(recipe: Mapping[str, Any], rectified: bool) -> dict[str, Any]:
     return values
 
 
-def _save_weights(model: nn.Module, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
+def _save_start(model: nn.Module, file: Path, facts: Mapping[str, Any]) -> None:
+    about = {"kind": "start", "facts": facts, "versions": results.versions()}
     try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, partial)
-        partial.chmod(0o644)
-        os.replace(partial, file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        archive.write(file, model.state_dict(), about)
     except OSError as error:
-        raise ManifestError(f"cannot save the dense start to {file}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+        raise ManifestError(f"cannot save the dense start to {file}: {error.strerror or error}") from error
+
+
+def _load_start(model: nn.Module, file: Path, facts: Mapping[str, Any]) -> None:
+    """Fill the model with a dense start, if that is the one that these facts describe.
+
+    Raises:
+        ManifestError: it is not, or is damaged.
+    """
+    way_out = "move it away, and the start is trained anew"
+    try:
+        about, _ = archive.read(file)
+        changed = ["it does not say what it is"]
+        if about.get("kind") == "start" and isinstance(about.get("facts"), dict):
+            changed = results.differences(about["facts"], json.loads(json.dumps(facts)))
+        if not changed:
+            models.load_weights(model, file)
+    except ManifestError as error:
+        raise ManifestError(f"{error}; {way_out}") from error
+    if changed:
+        shown = "; ".join(archive.short(each) for each in changed[:3])
+        raise ManifestError(f"{file} is not the dense start of this recipe ({shown}): {way_out}")
 
 
 def _device(recipe: Recipe) -> torch.device:
