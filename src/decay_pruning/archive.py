@@ -147,6 +147,8 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ManifestError(f"{name!r} is a {type(tensor).__name__}, and only tensors are saved")
         if hasattr(tensor, "full_tensor"):
             raise ManifestError(f"{name!r} is distributed over several processes; gather the model first")
         if tensor.layout != torch.strided or tensor.device.type == "meta" or tensor.is_quantized:

@@ -395,8 +395,11 @@ def _check_fit(
     if missing := sorted(view.keys.keys() - theirs):
         raise ManifestError(f"{wanted}: the file has no {_some(missing)}")
     cut = {(row["tensor"], row["dim"]): len(row["kept"]) for row in meta["kept"]}
-    for name, row in meta["tensors"].items():
-        shape, original, mine = row["shape"], row["original"], view.get(name)
+    for name in view.keys:
+        if name not in meta["tensors"]:
+            continue
+        row, mine = meta["tensors"][name], view.get(name)
+        shape, original = row["shape"], row["original"]
         if name not in tensors or list(tensors[name].shape) != shape:
             raise ManifestError(f"{path} is incomplete: {name!r} is missing or not of shape {shape}")
         if name.rpartition(".")[2] == "_extra_state":

@@ -17,6 +17,7 @@ from torch_pruning import ops
 from torch_pruning._helpers import GroupItem
 
 from decay_pruning import surgery
+from decay_pruning.checks import shown
 from decay_pruning.errors import ConfigError, GraphError
 from decay_pruning.graph._layers import MIXES, TABLE, Layer, Slice
 from decay_pruning.graph._trace import Indices, Item, Untraceable, trace, walk
@@ -332,10 +333,11 @@ class Graph:
                     ) from error
                 if value is None:
                     break
-                if value.shape != owner.shape:
+                if not isinstance(value, Tensor) or value.shape != owner.shape or value.is_complex():
+                    what = f"{tuple(value.shape)} values" if isinstance(value, Tensor) else shown(value)
                     raise GraphError(
-                        f"{type(importance).__name__} returned {tuple(value.shape)} values for layer group {name!r}, "
-                        f"which has {owner.numel()} channels"
+                        f"{type(importance).__name__} returned {what} for layer group {name!r}, which has "
+                        f"{owner.numel()} channels: one real number for each is needed, in a tensor"
                     )
                 total.index_add_(0, owner, value.detach().to("cpu", total.dtype).nan_to_num(nan=0.0))
                 count.index_add_(0, owner, torch.ones(owner.numel()))

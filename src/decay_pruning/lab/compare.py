@@ -42,6 +42,7 @@ from decay_pruning.lab.parallel import Chain
 from decay_pruning.lab.peers import PEERS, TorchPruning, checked
 from decay_pruning.lab.recipe import Prune, Recipe
 from decay_pruning.lab.results import ARMS, Line, Result, Run
+from decay_pruning.lab.task import TOP1, blank
 from decay_pruning.lab.trainer import (
     NORMS,
     History,
@@ -52,7 +53,8 @@ from decay_pruning.lab.trainer import (
     evaluate,
     train,
 )
-from decay_pruning.pruner import Progress, Pruner
+from decay_pruning.progress import Progress
+from decay_pruning.pruner import Pruner
 from decay_pruning.rectify import SelfRectifying
 
 logger = logging.getLogger(__name__)
@@ -107,6 +109,7 @@ def compare(
     starts: str | Path | None = None,
     jobs: int = 1,
     watch: Watch | None = None,
+    on_begin: Callable[[Result], None] | None = None,
     on_run: Callable[[Run], None] | None = None,
 ) -> Result:
     """Run every arm with every seed that the result file in `out` does not hold yet.
@@ -121,6 +124,7 @@ def compare(
         starts: folder for dense starts, so that comparisons can share them; `out`/starts if not given.
         jobs: runs side by side, each in a process of its own with its part of the threads.
         watch: called after every optimizer step, for progress bars; not with several jobs.
+        on_begin: called before the first run with what there is: an earlier call's result, or one without runs.
         on_run: called when a run is done.
 
     Raises:
@@ -140,7 +144,7 @@ def compare(
     if jobs > 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("several jobs are for one process; under torchrun a run takes all processes")
     with results.alone(Path(out)) if _is_main() else nullcontext():
-        return _go_on(recipe, arms, seeds, Path(out), command, starts, jobs, watch, on_run)
+        return _go_on(recipe, arms, seeds, Path(out), command, starts, jobs, watch, on_begin, on_run)
 
 
 def _go_on(
@@ -152,6 +156,7 @@ def _go_on(
     starts: str | Path | None,
     jobs: int,
     watch: Watch | None,
+    on_begin: Callable[[Result], None] | None,
     on_run: Callable[[Run], None] | None,
 ) -> Result:
     """`compare`, where no other process works on `out`."""
@@ -159,6 +164,8 @@ def _go_on(
     file = out / results.FILE
     data = recipe.data.load()
     result = _result(file, recipe, data, command, jobs)
+    if on_begin is not None:
+        on_begin(result)
     arms = sorted(set(arms), key=ARMS.index)
     _mind_models(recipe, result, arms, seeds, out)
     runs: dict[int, list[partial[Run]]] = {}
@@ -244,21 +251,23 @@ def run_from(
 def dense_start(recipe: Recipe, data: Data, seed: int, folder: Path, watch: Watch | None = None) -> nn.Module:
     """The model that all arms of a seed start from, on the device.
 
-    It is kept in `folder`, under a hash of its settings.
+    It is kept in `folder`, under a hash of its settings, and says in the file what these were.
 
     Raises:
-        ManifestError: the weights that the recipe names are missing or do not fit.
+        ManifestError: the weights that the recipe names are missing or do not fit, or the kept start is damaged or
+            that of another recipe.
     """
     model = recipe.model.build(data, seed)
     given = recipe.dense.weights
     if given is not None and recipe.sparse is None:
         models.load_weights(model, given)
         return model.to(_device(recipe))
+    if not recipe.dense.epochs and recipe.sparse is None:  # it came with its weights
+        return model.to(_device(recipe))
     file = folder / f"seed{seed}-{recipe.key_of_start(data, seed)}.safetensors"
-    facts = _facts(recipe, model, data, seed)
     if file.is_file():
         logger.info("dense start of seed %d from %s", seed, file)
-        _load_start(model, file, facts)
+        _load_start(model, file, recipe.facts_of_start(data, seed))
         return model.to(_device(recipe))
     if recipe.sparse is not None:  # the same dense start as without it, once for both
         model = dense_start(replace(recipe, sparse=None), data, seed, folder, watch)
@@ -266,7 +275,7 @@ def dense_start(recipe: Recipe, data: Data, seed: int, folder: Path, watch: Watc
     else:
         _train(recipe, recipe.dense, model, data, seed, Job("dense", seed, True), watch)
     if _is_main():
-        _save_start(model, file, facts)
+        _save_start(model, file, recipe.facts_of_start(data, seed))
     return model.to(_device(recipe))
 
 
@@ -296,13 +305,13 @@ def run_arm(
     history = _train(
         recipe, recipe.prune, model, data, seed, job, watch, _pruner_of(arm, recipe.prune, recorder)
     )
-    one = torch.zeros(1, *data.shape, device=_device(recipe))
+    one = blank(data, 1, _device(recipe))
     before, after = measure(start, one), measure(model, one)
     if save_to is not None and _is_main() and arm not in PEERS:  # a manifest needs our own surgery
         with results.told(save_to):
             save_to.parent.mkdir(parents=True, exist_ok=True)
         manifest.save(model, save_to)
-    batch = one.new_zeros(recipe.report.latency_batch, *data.shape)
+    batch = blank(data, recipe.report.latency_batch, _device(recipe))
     return Run(
         arm=arm,
         seed=seed,
@@ -482,13 +491,15 @@ def _result(file: Path, recipe: Recipe, data: Data, command: str, jobs: int) -> 
         ConfigError: it was made with other settings.
     """
     values = recipe.to_dict()
-    facts = {
+    facts: dict[str, Any] = {
         "name": data.name,
         "note": data.note,
         "train": len(data.labels("train")),
         "test": len(data.labels("test")),
-        "labels": hashlib.sha256(data.labels("test").numpy().tobytes()).hexdigest()[:12],
+        "labels": hashlib.sha256(data.labels("test").contiguous().numpy().tobytes()).hexdigest()[:12],
     }
+    if data.metric != TOP1:
+        facts["metric"] = data.metric.to_dict()
     new = Result.new(values, facts, command, str(_device(recipe)), jobs)
     if not file.is_file():
         return new
@@ -512,53 +523,43 @@ def _result(file: Path, recipe: Recipe, data: Data, command: str, jobs: int) -> 
 def _decisive(recipe: Mapping[str, Any], rectified: bool) -> dict[str, Any]:
     """A recipe without what does not change a figure; how it rectifies does only where there are such runs."""
     values = {k: v for k, v in recipe.items() if k not in ("name", "title")}
-    left_out = {"data": ("root", "workers"), "report": ("save_models",)}
+    left_out = {"data": ("root", "workers", "beside"), "model": ("beside",), "report": ("save_models",)}
     if not rectified:
         left_out["prune"] = ("rectify",)
     for section, keys in left_out.items():
         values[section] = {k: v for k, v in (values.get(section) or {}).items() if k not in keys}
+    values["data"] = {k: v for k, v in values["data"].items() if v != {}}
     return values
 
 
-def _facts(recipe: Recipe, model: nn.Module, data: Data, seed: int) -> dict[str, Any]:
-    """What a dense start is: it goes into its file."""
-    settings, name, note, images, shape, _ = recipe.facts_of_start(data, seed)
-    facts = {
-        "recipe": settings,
-        "data": {"name": name, "note": note, "images": images, "shape": shape},
-        "labels": _short_hash(data.labels("train").contiguous().numpy().tobytes()),
-        "layers": _short_hash(repr(model).encode()),
-        "seed": seed,
-    }
-    plain: dict[str, Any] = json.loads(json.dumps(facts))
-    return plain
-
-
-def _short_hash(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:12]
-
-
 def _save_start(model: nn.Module, file: Path, facts: Mapping[str, Any]) -> None:
-    with results.told(file):
+    about = {"kind": "start", "facts": facts, "versions": results.versions()}
+    try:
         file.parent.mkdir(parents=True, exist_ok=True)
-    archive.write(file, model.state_dict(), {"kind": "dense start", "start": facts})
+        archive.write(file, model.state_dict(), about)
+    except OSError as error:
+        raise ManifestError(f"cannot save the dense start to {file}: {error.strerror or error}") from error
 
 
 def _load_start(model: nn.Module, file: Path, facts: Mapping[str, Any]) -> None:
-    """Fill a model with a dense start.
+    """Fill the model with a dense start, if that is the one that these facts describe.
 
     Raises:
-        ManifestError: the file is damaged, or it is another start than it should be.
+        ManifestError: it is not, or is damaged.
     """
+    way_out = "move it away, and the start is trained anew"
     try:
-        noted = archive.read(file)[0].get("start")
-        if not isinstance(noted, dict):
-            raise ManifestError(f"{file} is no dense start")
-        if changed := results.differences(noted, facts):
-            raise ManifestError(f"{file} is the dense start of another recipe ({'; '.join(changed[:3])})")
-        models.load_weights(model, file)
+        about, _ = archive.read(file)
+        changed = ["it does not say what it is"]
+        if about.get("kind") == "start" and isinstance(about.get("facts"), dict):
+            changed = results.differences(about["facts"], json.loads(json.dumps(facts)))
+        if not changed:
+            models.load_weights(model, file)
     except ManifestError as error:
-        raise ManifestError(f"{error}; move it away, and it is trained anew") from error
+        raise ManifestError(f"{error}; {way_out}") from error
+    if changed:
+        shown = "; ".join(archive.short(each) for each in changed[:3])
+        raise ManifestError(f"{file} is not the dense start of this recipe ({shown}): {way_out}")
 
 
 def _device(recipe: Recipe) -> torch.device:
