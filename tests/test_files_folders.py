@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from decay_pruning import cli, save
-from decay_pruning.errors import DecayPruningError, ManifestError
+from decay_pruning.errors import ManifestError, WriteError
 from decay_pruning.lab import compare, results
 
 from .nets import make
@@ -72,7 +72,7 @@ def test_a_folder_is_free_again_and_where_there_are_no_locks_it_goes_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with results.alone(tmp_path / "a"):
-        with pytest.raises(DecayPruningError, match="another process"), results.alone(tmp_path / "a"):
+        with pytest.raises(WriteError, match="another process"), results.alone(tmp_path / "a"):
             raise AssertionError
         with results.alone(tmp_path / "b"):
             pass
@@ -147,7 +147,7 @@ def test_errors_of_the_disk(
         patch.setattr(os, call, fail)
         with pytest.raises(ManifestError, match=f"cannot write .*: {os.strerror(number)}"):
             save(model, path)
-        with pytest.raises(DecayPruningError, match=f"cannot write .*: {os.strerror(number)}"):
+        with pytest.raises(WriteError, match=f"cannot write .*: {os.strerror(number)}"):
             results.write(path.parent / "page", "new")
     assert files(path.parent) == before
 

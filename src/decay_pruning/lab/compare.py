@@ -129,7 +129,7 @@ def compare(
 
     Raises:
         ConfigError: unknown arms, or a result in `out` that belongs to another recipe.
-        DecayPruningError: another process works on `out`, or it cannot be written.
+        WriteError: another process works on `out`, or it cannot be written.
         Whatever a run raises, with arm and seed in front.
     """
     if not arms or not seeds:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from decay_pruning import __version__
-from decay_pruning.errors import ConfigError, DecayPruningError
+from decay_pruning.errors import ConfigError, WriteError
 from decay_pruning.lab import parallel, settings, soundness
 from decay_pruning.lab.stats import Difference, Spread, paired, spread
 from decay_pruning.lab.task import Scale
@@ -293,7 +293,7 @@ def write(path: str | Path, text: str) -> None:
     """Write a text file atomically; its folder is made if need be.
 
     Raises:
-        DecayPruningError: it cannot be written; what was there is as it was.
+        WriteError: it cannot be written; what was there is as it was.
     """
     path = Path(path)
     with told(path):
@@ -316,12 +316,12 @@ def told(path: Path) -> Iterator[None]:
     """Say in one sentence what kept a file or folder from being written.
 
     Raises:
-        DecayPruningError: in place of an `OSError`.
+        WriteError: in place of an `OSError`.
     """
     try:
         yield
     except OSError as error:
-        raise DecayPruningError(f"cannot write {path}: {error.strerror or error}") from error
+        raise WriteError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 @contextmanager
@@ -331,7 +331,7 @@ def alone(folder: Path) -> Iterator[None]:
     Where the file system knows no locks (or Windows), nothing is held.
 
     Raises:
-        DecayPruningError: another process holds it, or it cannot be made.
+        WriteError: another process holds it, or it cannot be made.
     """
     with told(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -347,7 +347,7 @@ def alone(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DecayPruningError(
+            raise WriteError(
                 f"another process works on {folder}: wait until it is done, or choose another --out"
             ) from None
         except OSError:
