@@ -485,13 +485,12 @@ def _result(file: Path, recipe: Recipe, data: Data, command: str, jobs: int) -> 
 def _decisive(recipe: Mapping[str, Any], rectified: bool) -> dict[str, Any]:
     """A recipe without what does not change a figure; how it rectifies does only where there are such runs."""
     values = {k: v for k, v in recipe.items() if k not in ("name", "title")}
-    values["data"] = {
-        k: v for k, v in values["data"].items() if k not in ("root", "workers", "beside") and v != {}
-    }
-    values["model"] = {k: v for k, v in values["model"].items() if k != "beside"}
-    values["report"] = {k: v for k, v in values["report"].items() if k != "save_models"}
+    left_out = {"data": ("root", "workers", "beside"), "model": ("beside",), "report": ("save_models",)}
     if not rectified:
-        values["prune"] = {k: v for k, v in values["prune"].items() if k != "rectify"}
+        left_out["prune"] = ("rectify",)
+    for section, keys in left_out.items():
+        inner = (values.get(section) or {}).items()
+        values[section] = {k: v for k, v in inner if k not in keys and not (section == "data" and v == {})}
     return values
 
 

@@ -24,13 +24,15 @@ import torch
 
 from decay_pruning import __version__
 from decay_pruning.errors import ConfigError
-from decay_pruning.lab import parallel, settings
+from decay_pruning.lab import parallel, settings, soundness
 from decay_pruning.lab.stats import Difference, Spread, paired, spread
 from decay_pruning.lab.task import Scale
 
 FORMAT = 1
 #: Name of the result file in an output folder.
 FILE = "result.json"
+#: Bytes that a result file has at most.
+_LARGEST = 1 << 30
 #: Arms in the order of tables; see DESIGN: one column of a comparison.
 ARMS = ("dense", "single", "sp", "sr", "tp-one-shot", "tp-iterative", "tp-growing-reg")
 #: What the arms are called where there is room.
@@ -174,21 +176,29 @@ def load(path: str | Path) -> Result:
     """
     path = Path(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > _LARGEST:
+            raise ConfigError(f"{path} is no result file: it is larger than {_LARGEST >> 20} MiB")
+        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except FileNotFoundError:
         near = sorted(str(p) for p in path.parent.glob("**/result*.json")) if path.parent.is_dir() else []
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"there is no result file {path}{hint}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except RecursionError:
+        raise ConfigError(f"{path} is not a readable result file: it is nested too deeply") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(f"{path} is not a readable result file: {error}") from None
     if not isinstance(values, dict) or "runs" not in values or "recipe" not in values:
         raise ConfigError(f"{path} is JSON, but not a result of `decay-pruning compare` or `run`")
     if values.get("format") != FORMAT:
         raise ConfigError(f"{path} has format {values.get('format')}; this version reads format {FORMAT}")
     try:
-        return settings.build(Result, values)
-    except ConfigError as error:
+        result = settings.build(Result, values)
+        soundness.check(result)
+    except (ConfigError, OverflowError) as error:
         raise ConfigError(f"{path} is damaged: {error}") from None
+    return result
 
 
 @dataclass(frozen=True)
@@ -324,6 +334,10 @@ def _processor() -> str:
         except (OSError, StopIteration):
             pass
     return platform.processor() or "unknown"
+
+
+def _no_number(constant: str) -> float:
+    raise ValueError(f"{constant} is not a number")
 
 
 def _order(arm: str) -> tuple[int, str]:
