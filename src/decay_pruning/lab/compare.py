@@ -20,7 +20,7 @@ import os
 import statistics
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -129,6 +129,7 @@ def compare(
 
     Raises:
         ConfigError: unknown arms, or a result in `out` that belongs to another recipe.
+        DecayPruningError: another process works on `out`, or it cannot be written.
         Whatever a run raises, with arm and seed in front.
     """
     if not arms or not seeds:
@@ -142,7 +143,23 @@ def compare(
         raise ConfigError(f"jobs must be at least 1, not {jobs}")
     if jobs > 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("several jobs are for one process; under torchrun a run takes all processes")
-    out = Path(out)
+    with results.alone(Path(out)) if _is_main() else nullcontext():
+        return _go_on(recipe, arms, seeds, Path(out), command, starts, jobs, watch, on_begin, on_run)
+
+
+def _go_on(
+    recipe: Recipe,
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    command: str,
+    starts: str | Path | None,
+    jobs: int,
+    watch: Watch | None,
+    on_begin: Callable[[Result], None] | None,
+    on_run: Callable[[Run], None] | None,
+) -> Result:
+    """`compare`, where no other process works on `out`."""
     folder = out / "starts" if starts is None else Path(starts)
     file = out / results.FILE
     data = recipe.data.load()
@@ -150,11 +167,12 @@ def compare(
     if on_begin is not None:
         on_begin(result)
     arms = sorted(set(arms), key=ARMS.index)
+    _mind_models(recipe, result, arms, seeds, out)
     runs: dict[int, list[partial[Run]]] = {}
     for seed in dict.fromkeys(seeds):
         for arm in arms:
             if result.find(arm, seed) is None:
-                keep = out / "models" / f"{arm}-{seed}.safetensors" if recipe.report.save_models else None
+                keep = _model_file(out, arm, seed) if recipe.report.save_models else None
                 runs.setdefault(seed, []).append(partial(run_from, recipe, arm, seed, folder, save_to=keep))
     if jobs == 1:
 
@@ -180,6 +198,25 @@ def compare(
             if on_run is not None:
                 on_run(run)
     return result
+
+
+def _mind_models(
+    recipe: Recipe, result: Result, arms: Sequence[str], seeds: Sequence[int], out: Path
+) -> None:
+    """Say which models an earlier call did not keep, where they are asked for now."""
+    if not recipe.report.save_models or not _is_main():
+        return
+    made = [(a, s) for s in dict.fromkeys(seeds) for a in arms if a not in PEERS and result.find(a, s)]
+    if missing := [f"{arm}-{seed}" for arm, seed in made if not _model_file(out, arm, seed).is_file()]:
+        logger.warning(
+            "no models of %s: these runs are from an earlier call that did not keep them; "
+            "choose another --out to have them made",
+            ", ".join(missing),
+        )
+
+
+def _model_file(out: Path, arm: str, seed: int) -> Path:
+    return out / "models" / f"{arm}-{seed}.safetensors"
 
 
 def make_start(recipe: Recipe, seed: int, folder: Path) -> None:
@@ -271,7 +308,8 @@ def run_arm(
     one = blank(data, 1, _device(recipe))
     before, after = measure(start, one), measure(model, one)
     if save_to is not None and _is_main() and arm not in PEERS:  # a manifest needs our own surgery
-        save_to.parent.mkdir(parents=True, exist_ok=True)
+        with results.told(save_to):
+            save_to.parent.mkdir(parents=True, exist_ok=True)
         manifest.save(model, save_to)
     batch = blank(data, recipe.report.latency_batch, _device(recipe))
     return Run(
@@ -489,8 +527,8 @@ def _decisive(recipe: Mapping[str, Any], rectified: bool) -> dict[str, Any]:
     if not rectified:
         left_out["prune"] = ("rectify",)
     for section, keys in left_out.items():
-        inner = (values.get(section) or {}).items()
-        values[section] = {k: v for k, v in inner if k not in keys and not (section == "data" and v == {})}
+        values[section] = {k: v for k, v in (values.get(section) or {}).items() if k not in keys}
+    values["data"] = {k: v for k, v in values["data"].items() if v != {}}
     return values
 
 

@@ -13,7 +13,8 @@ import platform
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -23,10 +24,16 @@ from typing import Any
 import torch
 
 from decay_pruning import __version__
-from decay_pruning.errors import ConfigError
+from decay_pruning.errors import ConfigError, DecayPruningError
 from decay_pruning.lab import parallel, settings, soundness
 from decay_pruning.lab.stats import Difference, Spread, paired, spread
 from decay_pruning.lab.task import Scale
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 FORMAT = 1
 #: Name of the result file in an output folder.
@@ -283,18 +290,71 @@ def without_paths(command: str) -> str:
 
 
 def write(path: str | Path, text: str) -> None:
-    """Write a text file atomically; its folder is made if need be."""
+    """Write a text file atomically; its folder is made if need be.
+
+    Raises:
+        DecayPruningError: it cannot be written; what was there is as it was.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def told(path: Path) -> Iterator[None]:
+    """Say in one sentence what kept a file or folder from being written.
+
+    Raises:
+        DecayPruningError: in place of an `OSError`.
+    """
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        yield
+    except OSError as error:
+        raise DecayPruningError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a folder against other processes that ask for it in this way. It is free again when this process ends.
+
+    Where the file system knows no locks (or Windows), nothing is held.
+
+    Raises:
+        DecayPruningError: another process holds it, or it cannot be made.
+    """
+    with told(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DecayPruningError(
+                f"another process works on {folder}: wait until it is done, or choose another --out"
+            ) from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 def versions() -> dict[str, str]:
