@@ -139,7 +139,7 @@ def test_the_mean_of_scores_is_what_is_reported(file: Path) -> None:
         ('prune.augment=["flip"]', "augment is for images: waves"),
         ("prune.label_smoothing=0.1", "label_smoothing is for cross-entropy, and waves has a loss of its own"),
         ("prune.epochs=0", "prune"),
-        ("dense.epochs=-1", "epochs must be above 0"),
+        ("dense.epochs=-1", "epochs must be at least 0"),
     ],
 )  # fmt: skip
 def test_errors_are_one_sentence(

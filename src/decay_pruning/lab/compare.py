@@ -16,6 +16,7 @@ import copy
 import hashlib
 import json
 import logging
+import math
 import os
 import statistics
 from collections import Counter
@@ -447,7 +448,8 @@ class _Recorder:
         samples: dict[str, list[tuple[int, float]]] = {}
         for row in rows:
             for name, value in row.get("norms", {}).items():
-                samples.setdefault(name, []).append((int(row["step"]), round(float(value), 4)))
+                if math.isfinite(value):  # a training that diverges has others
+                    samples.setdefault(name, []).append((int(row["step"]), round(float(value), 4)))
         names = [name for name in samples if name in lives]
         if not names:  # nothing was caught in mid-decay: one-step pruning
             every = max(1, -(-len(lives) // most))

@@ -335,6 +335,7 @@ def alone(folder: Path) -> Iterator[None]:
     """
     with told(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # better known now than after hours of training
     if fcntl is None:
         yield
         return
