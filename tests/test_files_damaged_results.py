@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from decay_pruning import cli
-from decay_pruning.errors import ConfigError
+from decay_pruning.errors import ConfigError, DecayPruningError
 from decay_pruning.lab import compare, report, results
 
 from .test_compare import _one_thread as _one_thread
@@ -117,3 +117,20 @@ def test_what_a_removal_cannot_leave(whole: dict[str, Any], tmp_path: Path) -> N
         with open(tmp_path / "result.json", "wb") as file:
             file.truncate(3 << 30)  # nothing of it is on the disk
         results.load(tmp_path / "result.json")
+
+
+def test_a_metric_that_is_not_finite_never_makes_a_file_that_cannot_be_read(
+    whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "r.json").write_text(json.dumps(whole))
+    result = results.load(tmp_path / "r.json")
+    result.runs[0].rows.insert(0, {"step": 1, "accuracy": float("nan")})  # for a while
+    result.save(tmp_path / "r.json")
+    assert "nan" not in report.render(results.load(tmp_path / "r.json")).lower().replace("nano", "")
+
+    monkeypatch.setattr(compare, "evaluate", lambda *_: float("inf"))
+    with pytest.raises(
+        DecayPruningError, match=r"arm single, seed 0: the metric went from inf to .* diverged"
+    ):
+        compare.compare(small("dense.epochs=1"), ["single"], [0], tmp_path / "out")
+    assert not (tmp_path / "out" / results.FILE).exists()

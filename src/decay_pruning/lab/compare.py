@@ -306,6 +306,11 @@ def run_arm(
     history = _train(
         recipe, recipe.prune, model, data, seed, job, watch, _pruner_of(arm, recipe.prune, recorder)
     )
+    if not (math.isfinite(accuracy_start) and math.isfinite(history.accuracy)):
+        raise DecayPruningError(
+            f"the metric went from {accuracy_start} to {history.accuracy}: the training has diverged, so there is "
+            "nothing to compare; try a lower learning rate"
+        )
     one = blank(data, 1, _device(recipe))
     before, after = measure(start, one), measure(model, one)
     if save_to is not None and _is_main() and arm not in PEERS:  # a manifest needs our own surgery

@@ -47,7 +47,8 @@ def _run(run: Run, at: str) -> None:
         _whole([after], f"{at}.{name}[1]")
     for i, row in enumerate(run.rows):
         _whole([row.get("step"), row.get("macs", 0)], f"{at}.rows[{i}]")
-        _number(row.get("accuracy", 0), f"{at}.rows[{i}].accuracy")
+        if row.get("accuracy") is not None:  # a metric that was not finite for a while is null
+            _number(row["accuracy"], f"{at}.rows[{i}].accuracy")
     for i, event in enumerate(run.events):
         _whole([event.get("step"), event.get("count")], f"{at}.events[{i}]")
         _texts([event.get("kind"), event.get("group")], f"{at}.events[{i}]")
