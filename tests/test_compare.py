@@ -12,7 +12,7 @@ import torch
 
 from decay_pruning import load
 from decay_pruning.engine import Event
-from decay_pruning.errors import BudgetError, ConfigError, ManifestError
+from decay_pruning.errors import BudgetError, ConfigError, DecayPruningError, ManifestError
 from decay_pruning.lab import compare, recipe, results, settings
 from decay_pruning.lab.recipe import Prune, Recipe
 from decay_pruning.lab.results import Line, Result, Run
@@ -360,7 +360,7 @@ def test_writing_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         raise OSError("disk full")
 
     monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(DecayPruningError, match="disk full"):
         results.write(file, "new")
     assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
 
