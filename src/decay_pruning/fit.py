@@ -81,6 +81,8 @@ def check_fit(
             hint = ""
             if surgery.history(view.model).positions:
                 hint = "; load into a fresh model, not a pruned one"
+            elif not meta["kept"]:
+                hint = "; the file knows of no removal: a state dict alone, in narrow layers, tells of none"
             raise ManifestError(f"{wanted}: {name!r} is {found}, the original was {original}{hint}")
         if shape != [cut.get((name, dim), size) for dim, size in enumerate(original)]:
             raise ManifestError(
