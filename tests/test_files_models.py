@@ -178,6 +178,19 @@ def test_shapes_that_no_history_explains(tmp_path: Path) -> None:
     refused(masked, r"'levels\.0\.0\.weight' was cut and is now computed", tmp_path)
 
 
+def test_a_model_built_narrow_is_told_apart_from_a_pruned_one(tmp_path: Path) -> None:
+    model, narrow = pruned(), Detector()
+    narrow.backbone[0] = cbr(3, 7)
+    narrow.backbone[1][0] = nn.Conv2d(7, 8, 3, bias=False)
+    narrow.levels[0] = copy.deepcopy(model.levels[0])
+    for layer in (narrow.levels[0][0], narrow.levels[0][2]):
+        del layer.__dict__[surgery._HISTORY]
+    narrow.load_state_dict(model.state_dict())
+    save(narrow, tmp_path / "narrow")
+    with pytest.raises(ManifestError, match="the file knows of no removal"):
+        load(Detector(7), tmp_path / "narrow")
+
+
 def test_a_host_at_work_is_refused_and_a_finished_one_is_not(tmp_path: Path) -> None:
     model = Detector()
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
