@@ -12,7 +12,7 @@ import torch
 
 from decay_pruning import load
 from decay_pruning.engine import Event
-from decay_pruning.errors import BudgetError, ConfigError, ManifestError
+from decay_pruning.errors import BudgetError, ConfigError, DecayPruningError, ManifestError
 from decay_pruning.lab import compare, recipe, results, settings
 from decay_pruning.lab.recipe import Prune, Recipe
 from decay_pruning.lab.results import Line, Result, Run
@@ -252,6 +252,13 @@ def test_sparse_learning_is_done_once_before_pruning(tmp_path: Path) -> None:
     assert norms[0.05] < 0.9 * norms[0.0], "the regulariser pulls weights down"
 
 
+def test_norms_of_a_training_that_diverges_leave_a_readable_file() -> None:
+    recorder = compare._Recorder([Event("picked", 0, "a", (0,))])
+    norms = [0.5, float("nan"), float("inf")]
+    lines = recorder.lines([{"step": i + 1, "norms": {"a:0": value}} for i, value in enumerate(norms)])
+    assert [line.points for line in lines] == [((0, 1.0), (1, 0.5))]
+
+
 def test_recorder_joins_events_and_samples() -> None:
     recorder = compare._Recorder()
     recorder(Event("picked", 0, "a", (0, 1)))
@@ -353,7 +360,7 @@ def test_writing_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         raise OSError("disk full")
 
     monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(DecayPruningError, match="disk full"):
         results.write(file, "new")
     assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
 

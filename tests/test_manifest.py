@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from decay_pruning import manifest, surgery
+from decay_pruning import archive, manifest, surgery
 from decay_pruning.errors import ManifestError
 from decay_pruning.graph import Graph
 from tests.nets import EXACT, make
@@ -35,13 +35,12 @@ def outputs(model: nn.Module, x: Any) -> tuple[torch.Tensor, ...]:
 
 
 def rewrite(path: Path, change: Any) -> None:
-    """Change the description inside a file."""
-    with safe_open(path, "pt") as file:
-        header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    meta = json.loads(header["manifest"])
-    change(header, meta, tensors)
-    header.setdefault("manifest", json.dumps(meta))
-    save_file(tensors, path, {**header, "manifest": json.dumps(meta)})
+    """Change description and tensors inside a file, and sign it anew."""
+    meta, tensors = archive.read(path)
+    change(meta, tensors)
+    text = json.dumps({**meta, "checksum": "0" * 64}, separators=(",", ":"), sort_keys=True)
+    save_file(tensors, path, {archive.KEY: text})
+    archive.sign(path)
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -89,8 +88,8 @@ def test_the_file_says_what_was_kept(tmp_path: Path) -> None:
     with safe_open(tmp_path / "model", "pt") as file:
         header = file.metadata()
         assert list(file.get_tensor("4.weight").shape) == [3, 4, 3, 3]
-    meta = json.loads(header["manifest"])
-    assert (header["format"], header["version"]) == ("decay-pruning", "1")
+    meta = json.loads(header["decay-pruning"])
+    assert (list(header), meta["version"]) == (["decay-pruning"], 2)
     assert meta["class"] == "torch.nn.modules.container.Sequential"
     assert meta["tensors"]["4.weight"] == {"shape": [3, 4, 3, 3], "original": [5, 6, 3, 3]}
     assert {"tensor": "4.out_channels", "dim": 0, "original": 5, "kept": [0, 3, 4]} in meta["kept"]
@@ -149,21 +148,21 @@ def drop(meta: dict[str, Any], key: str) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda header, meta, tensors: header.update(version="2"), "format version 2, this library reads 1"),
-        (lambda header, meta, tensors: drop(meta, "kept"), "damaged description: 'kept'"),
-        (lambda header, meta, tensors: meta.update(tensors=[1]), "damaged description"),
-        (lambda header, meta, tensors: meta["kept"][0].update(dim="x"), "damaged description"),
-        (lambda header, meta, tensors: meta["kept"][0].update(kept=["x"]), "damaged description"),
-        (lambda header, meta, tensors: meta.update(aliases={"a": "b"}), "damaged description"),
-        (lambda header, meta, tensors: tensors.pop("4.weight"), r"incomplete: '4\.weight' is missing"),
+        (lambda meta, tensors: meta.update(version=3), "format version 3, this library reads 1 and 2"),
+        (lambda meta, tensors: drop(meta, "kept"), "damaged description: 'kept'"),
+        (lambda meta, tensors: meta.update(tensors=[1]), "damaged description"),
+        (lambda meta, tensors: meta["kept"][0].update(dim="x"), "damaged description"),
+        (lambda meta, tensors: meta["kept"][0].update(kept=["x"]), "damaged description"),
+        (lambda meta, tensors: meta.update(aliases={"a": "b"}), "damaged description"),
+        (lambda meta, tensors: tensors.pop("4.weight"), r"incomplete: '4\.weight' is missing"),
         (
-            lambda header, meta, tensors: tensors.update({"4.weight": torch.zeros(3)}),
+            lambda meta, tensors: tensors.update({"4.weight": torch.zeros(3)}),
             r"incomplete: '4\.weight'",
         ),
-        (lambda header, meta, tensors: meta["kept"].pop(0), r"inconsistent: '0\.weight'"),
-        (lambda header, meta, tensors: meta["kept"][0]["kept"].reverse(), "must ascend"),
-        (lambda header, meta, tensors: meta["kept"][0]["kept"].__setitem__(-1, 99), "must ascend within"),
-        (lambda header, meta, tensors: meta["kept"][0].update(kept=[]), "inconsistent"),
+        (lambda meta, tensors: meta["kept"].pop(0), r"inconsistent: '0\.bias'"),
+        (lambda meta, tensors: meta["kept"][0]["kept"].reverse(), "must ascend"),
+        (lambda meta, tensors: meta["kept"][0]["kept"].__setitem__(-1, 99), "must ascend within"),
+        (lambda meta, tensors: meta["kept"][0].update(kept=[]), "inconsistent"),
     ],
 )
 def test_damaged_descriptions(change: Any, words: str, tmp_path: Path) -> None:
@@ -198,7 +197,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         Path(name).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(manifest, "save_file", full)
+    monkeypatch.setattr(archive, "save_file", full)
     with pytest.raises(ManifestError, match=r"cannot write .*model: No space left on device"):
         manifest.save(model, path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["model"]
@@ -210,8 +209,8 @@ def test_folders_that_do_not_exist_and_state_that_is_no_tensor(tmp_path: Path) -
         manifest.save(model, tmp_path / "nowhere" / "model")
 
     class Extra(nn.Linear):
-        def get_extra_state(self) -> dict[str, int]:
-            return {"calls": 3}
+        def get_extra_state(self) -> dict[str, Any]:
+            return {"calls": (3, object)}
 
     with pytest.raises(ManifestError, match="'_extra_state' in the model's state is a dict"):
         manifest.save(Extra(2, 2), tmp_path / "model")

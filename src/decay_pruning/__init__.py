@@ -18,6 +18,7 @@ from decay_pruning.errors import (
     GraphError,
     ManifestError,
     SurgeryError,
+    WriteError,
 )
 from decay_pruning.hosts import (
     Custom,
@@ -73,6 +74,7 @@ __all__ = [
     "StructureSet",
     "SurgeryError",
     "Target",
+    "WriteError",
     "choose",
     "inspect",
     "latency",

@@ -27,3 +27,7 @@ class ManifestError(DecayPruningError):
 
 class DataError(DecayPruningError):
     """A data set is missing, incomplete, or not in a format that is understood."""
+
+
+class WriteError(DecayPruningError, OSError):
+    """A file or folder cannot be written, or another process works on it; what was there is as it was."""

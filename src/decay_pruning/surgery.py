@@ -55,18 +55,19 @@ class History:
     def update(self, kept: Kept, sizes: Mapping[Place, int]) -> None:
         """Note one cut: `kept` are positions before the cut, `sizes` the sizes before it."""
         for place, keep in kept.items():
-            self.original.setdefault(place, sizes[place])
             before = self.positions.get(place)
-            self.positions[place] = keep.clone() if before is None else before[keep]
+            if before is None or before.numel() != sizes[place]:  # not known, or out of date
+                self.original[place], before = sizes[place], torch.arange(sizes[place])
+            self.positions[place] = before[keep.cpu()]
 
     def copy(self) -> History:
         return History(dict(self.original), dict(self.positions))
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """Plain lists and numbers, fit for JSON."""
+        """Plain lists and numbers, fit for JSON, in the order of names."""
         return [
             {"tensor": name, "dim": dim, "original": self.original[name, dim], "kept": keep.tolist()}
-            for (name, dim), keep in self.positions.items()
+            for (name, dim), keep in sorted(self.positions.items(), key=lambda entry: entry[0])
         ]
 
     def load_state_dict(self, state: Iterable[Mapping[str, Any]]) -> None:
@@ -77,9 +78,44 @@ class History:
 
 
 def history(model: nn.Module) -> History:
-    """What surgery has cut out of this model so far (a copy). It travels with `copy.deepcopy(model)`."""
-    past = model.__dict__.get(_HISTORY)
-    return past.copy() if isinstance(past, History) else History()
+    """What surgery has cut out of this model so far (a copy), be it as a whole or in parts.
+
+    Each module notes its own part of it, which so travels with `copy.deepcopy`, into a larger model and out of one.
+    The model that was given to surgery notes the whole, for modules that are replaced afterwards.
+    """
+    found, own = History(), History()
+    for path, module in model.named_modules():
+        past = module.__dict__.get(_HISTORY)
+        if isinstance(past, History):
+            prefix = f"{path}." if path else ""
+            for (name, dim), keep in past.positions.items():
+                target = found if "." in name else own
+                target.original.setdefault((prefix + name, dim), past.original[name, dim])
+                target.positions.setdefault((prefix + name, dim), keep)
+    return History({**found.original, **own.original}, {**found.positions, **own.positions})
+
+
+def _noted(model: nn.Module, kept: Kept, sizes: Mapping[Place, int]) -> dict[nn.Module, History]:
+    """What the modules will have noted after this cut. A tied tensor is noted with each module that holds it."""
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                holders.setdefault(id(tensor), []).append((module, leaf))
+    whole = history(model)
+    whole.update(kept, sizes)
+    new = {model: whole}
+    for place in kept:
+        name, dim = place
+        thing = lookup(model, name)
+        for module, leaf in (
+            holders.get(id(thing), []) if isinstance(thing, Tensor) else [parent(model, name)]
+        ):
+            past = module.__dict__.get(_HISTORY)
+            own = new.setdefault(module, past.copy() if isinstance(past, History) else History())
+            own.original[leaf, dim] = whole.original[place]
+            own.positions[leaf, dim] = whole.positions[place]
+    return new
 
 
 # ------------------------------------------------------------------------------------------------ places
@@ -162,18 +198,18 @@ def shrink(model: nn.Module, kept: Kept, optimizer: Optimizers = None) -> Callab
     cuts, attributes = _sort_places(model, kept)
     updates = [update for each in _as_list(optimizer) for update in _state_updates(each, cuts)]
 
-    past = model.__dict__.get(_HISTORY)
-    now = history(model)
-    now.update(kept, sizes)
+    noted = _noted(model, kept, sizes)
+    past = {module: module.__dict__.get(_HISTORY) for module in noted}
     undo: list[Callable[[], None]] = []
 
     def put_back() -> None:
         for step in reversed(undo):
             step()
-        if past is None:
-            model.__dict__.pop(_HISTORY, None)
-        else:
-            model.__dict__[_HISTORY] = past
+        for module, before in past.items():
+            if before is None:
+                module.__dict__.pop(_HISTORY, None)
+            else:
+                module.__dict__[_HISTORY] = before
 
     try:
         for cut in cuts:
@@ -186,10 +222,11 @@ def shrink(model: nn.Module, kept: Kept, optimizer: Optimizers = None) -> Callab
             value = getattr(module, leaf)
             undo.append(_attribute_setter(module, leaf, value))
             setattr(module, leaf, _shorter(value, dims))
+        for module, now in noted.items():
+            module.__dict__[_HISTORY] = now
     except BaseException:  # out of memory, interrupted: never leave half a cut behind
         put_back()
         raise
-    model.__dict__[_HISTORY] = now
     return put_back
 
 
@@ -234,7 +271,7 @@ def _sort_places(model: nn.Module, kept: Kept) -> tuple[list[_Cut], dict[str, di
             )
         if is_lazy(thing):
             raise SurgeryError(f"{name!r} is not initialised yet; run the model once before pruning it")
-        if thing.grad_fn is not None or _registered(model, name) is not thing:
+        if thing.grad_fn is not None or registered(model, name) is not thing:
             raise SurgeryError(
                 f"{name!r} is computed from other tensors (weight norm, a parametrization or a mask) and cannot be "
                 "cut; make it a plain parameter first"
@@ -247,7 +284,7 @@ def _sort_places(model: nn.Module, kept: Kept) -> tuple[list[_Cut], dict[str, di
     return list(cuts.values()), attributes
 
 
-def _registered(model: nn.Module, name: str) -> Tensor | None:
+def registered(model: nn.Module, name: str) -> Tensor | None:
     module, leaf = parent(model, name)
     return module._parameters.get(leaf, module._buffers.get(leaf))
 

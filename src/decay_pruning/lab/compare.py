@@ -14,23 +14,24 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import logging
+import math
 import os
 import statistics
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from decay_pruning import manifest
+from decay_pruning import archive, manifest
 from decay_pruning.budget import latency, measure
 from decay_pruning.decay import SmoothPruning
 from decay_pruning.engine import Event
@@ -129,6 +130,7 @@ def compare(
 
     Raises:
         ConfigError: unknown arms, or a result in `out` that belongs to another recipe.
+        WriteError: another process works on `out`, or it cannot be written.
         Whatever a run raises, with arm and seed in front.
     """
     if not arms or not seeds:
@@ -142,7 +144,23 @@ def compare(
         raise ConfigError(f"jobs must be at least 1, not {jobs}")
     if jobs > 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("several jobs are for one process; under torchrun a run takes all processes")
-    out = Path(out)
+    with results.alone(Path(out)) if _is_main() else nullcontext():
+        return _go_on(recipe, arms, seeds, Path(out), command, starts, jobs, watch, on_begin, on_run)
+
+
+def _go_on(
+    recipe: Recipe,
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    command: str,
+    starts: str | Path | None,
+    jobs: int,
+    watch: Watch | None,
+    on_begin: Callable[[Result], None] | None,
+    on_run: Callable[[Run], None] | None,
+) -> Result:
+    """`compare`, where no other process works on `out`."""
     folder = out / "starts" if starts is None else Path(starts)
     file = out / results.FILE
     data = recipe.data.load()
@@ -150,11 +168,12 @@ def compare(
     if on_begin is not None:
         on_begin(result)
     arms = sorted(set(arms), key=ARMS.index)
+    _mind_models(recipe, result, arms, seeds, out)
     runs: dict[int, list[partial[Run]]] = {}
     for seed in dict.fromkeys(seeds):
         for arm in arms:
             if result.find(arm, seed) is None:
-                keep = out / "models" / f"{arm}-{seed}.safetensors" if recipe.report.save_models else None
+                keep = _model_file(out, arm, seed) if recipe.report.save_models else None
                 runs.setdefault(seed, []).append(partial(run_from, recipe, arm, seed, folder, save_to=keep))
     if jobs == 1:
 
@@ -180,6 +199,25 @@ def compare(
             if on_run is not None:
                 on_run(run)
     return result
+
+
+def _mind_models(
+    recipe: Recipe, result: Result, arms: Sequence[str], seeds: Sequence[int], out: Path
+) -> None:
+    """Say which models an earlier call did not keep, where they are asked for now."""
+    if not recipe.report.save_models or not _is_main():
+        return
+    made = [(a, s) for s in dict.fromkeys(seeds) for a in arms if a not in PEERS and result.find(a, s)]
+    if missing := [f"{arm}-{seed}" for arm, seed in made if not _model_file(out, arm, seed).is_file()]:
+        logger.warning(
+            "no models of %s: these runs are from an earlier call that did not keep them; "
+            "choose another --out to have them made",
+            ", ".join(missing),
+        )
+
+
+def _model_file(out: Path, arm: str, seed: int) -> Path:
+    return out / "models" / f"{arm}-{seed}.safetensors"
 
 
 def make_start(recipe: Recipe, seed: int, folder: Path) -> None:
@@ -214,10 +252,11 @@ def run_from(
 def dense_start(recipe: Recipe, data: Data, seed: int, folder: Path, watch: Watch | None = None) -> nn.Module:
     """The model that all arms of a seed start from, on the device.
 
-    It is kept in `folder`, under a hash of its settings.
+    It is kept in `folder`, under a hash of its settings, and says in the file what these were.
 
     Raises:
-        ManifestError: the weights that the recipe names are missing or do not fit.
+        ManifestError: the weights that the recipe names are missing or do not fit, or the kept start is damaged or
+            that of another recipe.
     """
     model = recipe.model.build(data, seed)
     given = recipe.dense.weights
@@ -229,7 +268,7 @@ def dense_start(recipe: Recipe, data: Data, seed: int, folder: Path, watch: Watc
     file = folder / f"seed{seed}-{recipe.key_of_start(data, seed)}.safetensors"
     if file.is_file():
         logger.info("dense start of seed %d from %s", seed, file)
-        models.load_weights(model, file)
+        _load_start(model, file, recipe.facts_of_start(data, seed))
         return model.to(_device(recipe))
     if recipe.sparse is not None:  # the same dense start as without it, once for both
         model = dense_start(replace(recipe, sparse=None), data, seed, folder, watch)
@@ -237,7 +276,7 @@ def dense_start(recipe: Recipe, data: Data, seed: int, folder: Path, watch: Watc
     else:
         _train(recipe, recipe.dense, model, data, seed, Job("dense", seed, True), watch)
     if _is_main():
-        _save_weights(model, file)
+        _save_start(model, file, recipe.facts_of_start(data, seed))
     return model.to(_device(recipe))
 
 
@@ -267,10 +306,16 @@ def run_arm(
     history = _train(
         recipe, recipe.prune, model, data, seed, job, watch, _pruner_of(arm, recipe.prune, recorder)
     )
+    if not (math.isfinite(accuracy_start) and math.isfinite(history.accuracy)):
+        raise DecayPruningError(
+            f"the metric went from {accuracy_start} to {history.accuracy}: the training has diverged, so there is "
+            "nothing to compare; try a lower learning rate"
+        )
     one = blank(data, 1, _device(recipe))
     before, after = measure(start, one), measure(model, one)
     if save_to is not None and _is_main() and arm not in PEERS:  # a manifest needs our own surgery
-        save_to.parent.mkdir(parents=True, exist_ok=True)
+        with results.told(save_to):
+            save_to.parent.mkdir(parents=True, exist_ok=True)
         manifest.save(model, save_to)
     batch = blank(data, recipe.report.latency_batch, _device(recipe))
     return Run(
@@ -408,7 +453,8 @@ class _Recorder:
         samples: dict[str, list[tuple[int, float]]] = {}
         for row in rows:
             for name, value in row.get("norms", {}).items():
-                samples.setdefault(name, []).append((int(row["step"]), round(float(value), 4)))
+                if math.isfinite(value):  # a training that diverges has others
+                    samples.setdefault(name, []).append((int(row["step"]), round(float(value), 4)))
         names = [name for name in samples if name in lives]
         if not names:  # nothing was caught in mid-decay: one-step pruning
             every = max(1, -(-len(lives) // most))
@@ -484,27 +530,43 @@ def _result(file: Path, recipe: Recipe, data: Data, command: str, jobs: int) -> 
 def _decisive(recipe: Mapping[str, Any], rectified: bool) -> dict[str, Any]:
     """A recipe without what does not change a figure; how it rectifies does only where there are such runs."""
     values = {k: v for k, v in recipe.items() if k not in ("name", "title")}
-    values["data"] = {
-        k: v for k, v in values["data"].items() if k not in ("root", "workers", "beside") and v != {}
-    }
-    values["model"] = {k: v for k, v in values["model"].items() if k != "beside"}
-    values["report"] = {k: v for k, v in values["report"].items() if k != "save_models"}
+    left_out = {"data": ("root", "workers", "beside"), "model": ("beside",), "report": ("save_models",)}
     if not rectified:
-        values["prune"] = {k: v for k, v in values["prune"].items() if k != "rectify"}
+        left_out["prune"] = ("rectify",)
+    for section, keys in left_out.items():
+        values[section] = {k: v for k, v in (values.get(section) or {}).items() if k not in keys}
+    values["data"] = {k: v for k, v in values["data"].items() if v != {}}
     return values
 
 
-def _save_weights(model: nn.Module, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
+def _save_start(model: nn.Module, file: Path, facts: Mapping[str, Any]) -> None:
+    about = {"kind": "start", "facts": facts, "versions": results.versions()}
     try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, partial)
-        partial.chmod(0o644)
-        os.replace(partial, file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        archive.write(file, model.state_dict(), about)
     except OSError as error:
-        raise ManifestError(f"cannot save the dense start to {file}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+        raise ManifestError(f"cannot save the dense start to {file}: {error.strerror or error}") from error
+
+
+def _load_start(model: nn.Module, file: Path, facts: Mapping[str, Any]) -> None:
+    """Fill the model with a dense start, if that is the one that these facts describe.
+
+    Raises:
+        ManifestError: it is not, or is damaged.
+    """
+    way_out = "move it away, and the start is trained anew"
+    try:
+        about, _ = archive.read(file)
+        changed = ["it does not say what it is"]
+        if about.get("kind") == "start" and isinstance(about.get("facts"), dict):
+            changed = results.differences(about["facts"], json.loads(json.dumps(facts)))
+        if not changed:
+            models.load_weights(model, file)
+    except ManifestError as error:
+        raise ManifestError(f"{error}; {way_out}") from error
+    if changed:
+        shown = "; ".join(archive.short(each) for each in changed[:3])
+        raise ManifestError(f"{file} is not the dense start of this recipe ({shown}): {way_out}")
 
 
 def _device(recipe: Recipe) -> torch.device:

@@ -194,7 +194,7 @@ class Recipe:
     """Everything that a run depends on, but for its seed and arm.
 
     Attributes:
-        name: short, for folders.
+        name: short, for folders: a plain one, without separators.
         title: for reports.
         device: "auto" takes a GPU where there is one.
     """
@@ -211,6 +211,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check(self)
+        if not _is_folder_name(self.name):
+            raise ConfigError(
+                f"name must be that of one plain folder, without / \\ : and the like, not {self.name[:60]!r}"
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
@@ -226,8 +230,8 @@ class Recipe:
         values: dict[str, Any] = settings.plain(self)
         return values
 
-    def key_of_start(self, data: Data, seed: int) -> str:
-        """A short hash of everything that the start of all arms depends on, for its file's name.
+    def facts_of_start(self, data: Data, seed: int) -> dict[str, Any]:
+        """Everything that the start of all arms depends on, as plain values.
 
         Raises:
             OSError: `dense.weights` cannot be read.
@@ -245,8 +249,36 @@ class Recipe:
         shared["prune"] = values["prune"]["host"] if self.sparse is not None else None
         if self.dense.weights is not None:
             shared["dense"] = hashlib.sha256(Path(self.dense.weights).expanduser().read_bytes()).hexdigest()
-        facts = [shared, data.name, data.note, len(data.labels("train")), data.shape, seed]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+        return {
+            "recipe": shared,
+            "data": [data.name, data.note, len(data.labels("train")), list(data.shape)],
+            "seed": seed,
+        }
+
+    def key_of_start(self, data: Data, seed: int) -> str:
+        """A short hash of `facts_of_start`, for a file's name.
+
+        Raises:
+            OSError: `dense.weights` cannot be read.
+        """
+        facts = self.facts_of_start(data, seed)
+        text = json.dumps([facts["recipe"], *facts["data"], seed], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+#: Names that mean a device under Windows, whatever follows the first dot.
+_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{name}{i}" for name in ("COM", "LPT") for i in range(10))}
+
+
+def _is_folder_name(name: str) -> bool:
+    """Whether this is the name of one folder, on any system."""
+    return (
+        name.isprintable()
+        and not set(name) & set('/\\:*?"<>|')
+        and name == name.strip().rstrip(".")
+        and 0 < len(name.encode(errors="replace")) <= 200
+        and name.partition(".")[0].upper() not in _DEVICES
+    )
 
 
 def load(path: str | Path, assignments: Iterable[str] = ()) -> Recipe:

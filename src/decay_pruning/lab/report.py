@@ -147,7 +147,9 @@ def _caption(run: Run) -> str:
 
 def _accuracy(run: Run) -> list[Point]:
     measured = {0.0: run.accuracy_start}
-    measured |= {float(row["step"]): float(row["accuracy"]) for row in run.rows if "accuracy" in row}
+    measured |= {
+        float(row["step"]): float(row["accuracy"]) for row in run.rows if row.get("accuracy") is not None
+    }
     return sorted(measured.items())
 
 

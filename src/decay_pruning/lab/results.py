@@ -13,7 +13,8 @@ import platform
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -23,14 +24,22 @@ from typing import Any
 import torch
 
 from decay_pruning import __version__
-from decay_pruning.errors import ConfigError
-from decay_pruning.lab import parallel, settings
+from decay_pruning.errors import ConfigError, WriteError
+from decay_pruning.lab import parallel, settings, soundness
 from decay_pruning.lab.stats import Difference, Spread, paired, spread
 from decay_pruning.lab.task import Scale
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 FORMAT = 1
 #: Name of the result file in an output folder.
 FILE = "result.json"
+#: Bytes that a result file has at most.
+_LARGEST = 1 << 30
 #: Arms in the order of tables; see DESIGN: one column of a comparison.
 ARMS = ("dense", "single", "sp", "sr", "tp-one-shot", "tp-iterative", "tp-growing-reg")
 #: What the arms are called where there is room.
@@ -174,21 +183,29 @@ def load(path: str | Path) -> Result:
     """
     path = Path(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > _LARGEST:
+            raise ConfigError(f"{path} is no result file: it is larger than {_LARGEST >> 20} MiB")
+        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except FileNotFoundError:
         near = sorted(str(p) for p in path.parent.glob("**/result*.json")) if path.parent.is_dir() else []
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"there is no result file {path}{hint}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except RecursionError:
+        raise ConfigError(f"{path} is not a readable result file: it is nested too deeply") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(f"{path} is not a readable result file: {error}") from None
     if not isinstance(values, dict) or "runs" not in values or "recipe" not in values:
         raise ConfigError(f"{path} is JSON, but not a result of `decay-pruning compare` or `run`")
     if values.get("format") != FORMAT:
         raise ConfigError(f"{path} has format {values.get('format')}; this version reads format {FORMAT}")
     try:
-        return settings.build(Result, values)
-    except ConfigError as error:
+        result = settings.build(Result, values)
+        soundness.check(result)
+    except (ConfigError, OverflowError) as error:
         raise ConfigError(f"{path} is damaged: {error}") from None
+    return result
 
 
 @dataclass(frozen=True)
@@ -273,18 +290,72 @@ def without_paths(command: str) -> str:
 
 
 def write(path: str | Path, text: str) -> None:
-    """Write a text file atomically; its folder is made if need be."""
+    """Write a text file atomically; its folder is made if need be.
+
+    Raises:
+        WriteError: it cannot be written; what was there is as it was.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def told(path: Path) -> Iterator[None]:
+    """Say in one sentence what kept a file or folder from being written.
+
+    Raises:
+        WriteError: in place of an `OSError`.
+    """
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        yield
+    except OSError as error:
+        raise WriteError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a folder against other processes that ask for it in this way. It is free again when this process ends.
+
+    Where the file system knows no locks (or Windows), nothing is held.
+
+    Raises:
+        WriteError: another process holds it, or it cannot be made.
+    """
+    with told(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # better known now than after hours of training
+    if fcntl is None:
+        yield
+        return
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise WriteError(
+                f"another process works on {folder}: wait until it is done, or choose another --out"
+            ) from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 def versions() -> dict[str, str]:
@@ -324,6 +395,10 @@ def _processor() -> str:
         except (OSError, StopIteration):
             pass
     return platform.processor() or "unknown"
+
+
+def _no_number(constant: str) -> float:
+    raise ValueError(f"{constant} is not a number")
 
 
 def _order(arm: str) -> tuple[int, str]:
