@@ -126,19 +126,22 @@ class Graph:
             traced.append(group)
             try:
                 group.items = walk(node, pruner.prune_out_channels, width)
-            except Untraceable as error:
-                group.refused = str(error)
-                continue
-            for item in group.items:
-                if item.outward:
-                    covered.setdefault(item.node, set()).update(item.index.tolist())
-            group.refused = self._refusal(group, skip)
-            try:
+                for item in group.items:
+                    if item.outward:
+                        covered.setdefault(item.node, set()).update(item.index.tolist())
+                group.refused = self._refusal(group, skip)
                 for item in group.items:
                     group.slices += self._slices(item)
                     group.inexact = group.inexact or self._mixing(item.node)
             except Untraceable as error:
                 group.refused = group.refused or str(error)
+            except (
+                Exception
+            ) as error:  # whatever torch-pruning's graph holds there, it costs this layer group only
+                log.debug("layer group %r cannot be traced", name, exc_info=True)
+                group.refused = (
+                    group.refused or f"the trace fails on its way ({type(error).__name__}: {error})"
+                )
         return traced
 
     def _refusal(self, group: _Traced, skip: set[int]) -> str | None:
@@ -188,6 +191,8 @@ class Graph:
                 raise Untraceable(
                     f"torch-pruning finds {int(each.position.max()) + 1} channels at {each.tensor!r}, which has {size}"
                 )
+        if item.beyond:
+            raise Untraceable(f"torch-pruning finds channels at {layer.name!r} that it does not have")
         return layer.slices
 
     def _bare(self, node: Any, item: Item) -> Layer:
