@@ -100,6 +100,11 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
+def copied(example_inputs: Any) -> Any:
+    """Inputs that a forward pass may write to."""
+    return _mapped(example_inputs, lambda tensor: tensor.detach().clone())
+
+
 def random_inputs(example_inputs: Any, seed: int) -> Any:
     """Inputs of the examples' shapes, dtypes and ranges. A constant tensor says nothing of its range: normal values."""
     generator = torch.Generator().manual_seed(seed)
@@ -153,7 +158,7 @@ def untouched(model: nn.Module, seed: int = 0) -> Iterator[None]:
         for module in model.modules()
         for name, buffer in module._buffers.items()
     ]
-    with _seeded(model, seed):
+    with seeded(model, seed):
         try:
             for module, _ in flags:
                 module.training = False
@@ -168,7 +173,7 @@ def untouched(model: nn.Module, seed: int = 0) -> Iterator[None]:
 
 
 @contextmanager
-def _seeded(model: nn.Module, seed: int = 0) -> Iterator[None]:
+def seeded(model: nn.Module, seed: int = 0) -> Iterator[None]:
     """All generators seeded, and as they were afterwards; no TF32."""
     python, array = random.getstate(), np.random.get_state()
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -409,7 +414,7 @@ def _run(
         dtypes.update(leaf.dtype for leaf in _plain_leaves(output))
 
     inputs = _mapped(setting.inputs, lambda t: cast(t, dtype, copy=True))
-    with _seeded(model), ExitStack() as stack:
+    with seeded(model), ExitStack() as stack:
         stack.enter_context(stand_ins(model, dtype, setting.training, noise=noise))
         handle = register_module_forward_hook(note)
         stack.callback(handle.remove)
@@ -532,7 +537,7 @@ class Settings:
         return worst
 
     def gradients(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
-        """Per setting in evaluation mode: parameter → |gradient · value| of a random mix of the output, in units of it."""
+        """Per setting in evaluation mode: parameter → |gradient · value| of a random mix of the output."""
         names = {id(p): name for name, p in model.named_parameters()}
         for setting, moves in zip(self.settings, self.moves, strict=True):
             if setting.training:
@@ -550,7 +555,7 @@ def _gradients(
 ) -> dict[int, Tensor]:
     inputs = _mapped(setting.inputs, lambda t: cast(t, dtype, copy=True))
     generator = torch.Generator().manual_seed(0)
-    with _seeded(model), torch.enable_grad(), ExitStack() as stack:
+    with seeded(model), torch.enable_grad(), ExitStack() as stack:
         copies = stack.enter_context(stand_ins(model, dtype, setting.training, grad=True))
         if setting.still:
             stack.enter_context(_Still())

@@ -24,7 +24,7 @@ from torch_pruning import ops
 from torch_pruning._helpers import _HybridIndex
 from torch_pruning.dependency import index_mapping
 
-from decay_pruning import surgery
+from decay_pruning import proof, surgery
 from decay_pruning.errors import GraphError
 
 log = logging.getLogger(__name__)
@@ -63,11 +63,10 @@ def trace(model: nn.Module, example_inputs: Any) -> Any:
 
     def outputs(result: Any) -> list[Tensor]:
         # One more operation after every output: torch-pruning marks it as an output, whatever made it.
-        found = [leaf * 1 for leaf in surgery.leaves(result) if leaf.grad_fn is not None]
+        given = list(surgery.leaves(result))
+        found = [leaf * 1 for leaf in given if leaf.grad_fn is not None]
         if not found:
-            raise GraphError(
-                "no output of the model depends on its parameters, so its layers cannot be traced"
-            )
+            raise GraphError(f"{_speechless(result, given)}, so its layers cannot be traced")
         return found
 
     graph = tp.DependencyGraph()
@@ -97,6 +96,18 @@ def trace(model: nn.Module, example_inputs: Any) -> Any:
             if node.type == ops.OPTYPE.SLICE:
                 node.module.grad_fn = None
     return graph
+
+
+def _speechless(result: Any, given: list[Tensor]) -> str:
+    """Why no gradient comes out of a model, in words."""
+    if not given:
+        return f"the model returns no tensor (a {type(result).__name__})"
+    if not any(leaf.is_floating_point() or leaf.is_complex() for leaf in given):
+        return f"the model's output holds no floating tensor ({proof.WAY_OUT})"
+    return (
+        "no gradient leads from the model's output to its parameters "
+        "(it does not depend on them, or there is a detach() or no_grad() between)"
+    )
 
 
 @contextmanager
@@ -277,10 +288,7 @@ def _mend_slice(graph: Any, node: Any) -> None:
     if not sizes or not node.inputs:
         return
     dim = _dim(function, len(sizes))
-    usual = 2 if len(sizes) == 3 else min(1, len(sizes) - 1)
-    width = _width(graph, node.inputs[0])
-    wide = [d for d, size in enumerate(sizes) if size == width]
-    along = dim == usual if usual in wide or not wide else dim == wide[0]
+    along = _is_along(sizes, dim, _width(graph, node.inputs[0]))
     first, last, step = slice(
         _signed(function._saved_start), _signed(function._saved_end), int(function._saved_step)
     ).indices(sizes[dim])
@@ -288,6 +296,13 @@ def _mend_slice(graph: Any, node: Any) -> None:
         for back, deps in ((False, _edges(neighbour, node)), (True, _edges(node, neighbour))):
             for dep in deps:
                 dep.index_mapping[0] = _Slice(first, last, step, back) if along else None
+
+
+def _is_along(shape: list[int], dim: int, width: int | None) -> bool:
+    """Whether a dimension holds the channels: the usual one where its size fits, else the first that does."""
+    usual = 2 if len(shape) == 3 else min(1, len(shape) - 1)
+    wide = [d for d, size in enumerate(shape) if size == width]
+    return dim == usual if usual in wide or not wide else dim == wide[0]
 
 
 def _mend_reshape(graph: Any, node: Any) -> None:
@@ -331,8 +346,13 @@ def _mend_split(graph: Any, node: Any) -> None:
     if function is None:
         return
     sizes = _sizes(node.grad_fn)
-    if len(_shape(node.grad_fn)) > 2 and _width(graph, node.inputs[0]) != sum(sizes):
-        return  # along another dimension than the channels
+    part = _shape(node.grad_fn)
+    dim = _dim(node.grad_fn, len(part))
+    if len(part) > 2:
+        width = _width(graph, node.inputs[0])
+        whole = [sum(sizes) if d == dim else size for d, size in enumerate(part)]
+        if width != sum(sizes) or not _is_along(whole, dim, width):
+            return  # along another dimension than the channels
     node.module.split_sizes = sizes
     first = np.cumsum([0, *sizes]).tolist()
     for consumer in dict.fromkeys(node.outputs):
@@ -360,7 +380,9 @@ def _mend_concat(graph: Any, node: Any) -> None:
         return
     if len(whole) > 2:
         for k, source in zip(traced, node.inputs, strict=True):
-            if source.type != ops.OPTYPE.SPLIT and _width(graph, source) not in (None, sizes[k]):
+            width = None if source.type == ops.OPTYPE.SPLIT else _width(graph, source)
+            part = [sizes[k] if d == dim else size for d, size in enumerate(whole)]
+            if width is not None and (width != sizes[k] or not _is_along(part, dim, width)):
                 return  # along another dimension than the channels
     for source in dict.fromkeys(node.inputs):
         spans = [k for k, each in zip(traced, node.inputs, strict=True) if each is source]
