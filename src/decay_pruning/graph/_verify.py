@@ -174,7 +174,8 @@ class _Trials:
         The gradient of the output tells for all of them at once. Where it is silent (`detach`, a step function), the
         layer group is set to zero and the model is run.
         """
-        silent = [name for name in names if not self._sensitivity.get(name, 0.0) > _REACTION]
+        moved = self._sensitivity()
+        silent = [name for name in names if not moved.get(name, 0.0) > _REACTION]
         if not silent:
             return []
         dtype = self.settings.dtypes[0]
@@ -191,7 +192,6 @@ class _Trials:
         finally:
             undo()
 
-    @property
     def _sensitivity(self) -> dict[str, float]:
         """Layer group → how far the output moves with the values of its parameters, to first order."""
         found: dict[str, float] = {}
