@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -219,7 +220,8 @@ def test_the_model_is_left_as_it_was(kind: str) -> None:
     model.calls = 0  # type: ignore[assignment]
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     flags = [module.training for module in model.modules()]
-    Graph(model, image(4, 6))
+    with suppress(GraphError):
+        Graph(model, image(4, 6))
     assert [module.training for module in model.modules()] == flags
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert model.calls == 0 and not hasattr(model, "last")

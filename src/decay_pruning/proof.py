@@ -150,8 +150,10 @@ def _doubled(first: Any, second: Any) -> Any:
 def untouched(model: nn.Module, seed: int = 0) -> Iterator[None]:
     """Run the model inside in evaluation mode, seeded, in full precision, and leave no trace of it.
 
-    Training flags, buffers, random number generators and TF32 settings are as before afterwards.
+    Training flags, buffers, whatever a forward pass keeps on a module, random number generators and TF32 settings are
+    as before afterwards.
     """
+    states = [(module, dict(module.__dict__)) for module in model.modules() if not _scripted(module)]
     flags = [(module, module.training) for module in model.modules()]
     buffers = [
         (module, name, buffer, None if buffer is None else buffer.detach().clone())
@@ -164,12 +166,19 @@ def untouched(model: nn.Module, seed: int = 0) -> Iterator[None]:
                 module.training = False
             yield
         finally:
+            for module, state in states:
+                module.__dict__.clear()
+                module.__dict__.update(state)
             for module, training in flags:
                 module.training = training
             for module, name, buffer, value in buffers:
                 module._buffers[name] = buffer
                 if buffer is not None and value is not None and not _same(buffer, value):
                     buffer.data.copy_(value)
+
+
+def _scripted(module: nn.Module) -> bool:
+    return isinstance(module, torch.jit.ScriptModule)
 
 
 @contextmanager
@@ -242,7 +251,7 @@ def stand_ins(
         identity of a parameter or buffer → its copy.
     """
     copies: dict[int, Tensor] = {}
-    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    modules = [m for m in model.modules() if not _scripted(m)]
     saved = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers)) for m in modules]
 
     def copy(tensor: Tensor, parameter: bool) -> Tensor:
