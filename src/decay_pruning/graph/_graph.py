@@ -287,7 +287,9 @@ class Graph:
                     )
                 return _components(label, key, rank % (found.size // count))
         if name in self._modules.values():
-            refused = next((each.refused for each in self._traced if each.name == name and each.refused), None)
+            refused = next(
+                (each.refused for each in self._traced if each.name == name and each.refused), None
+            )
             if refused is not None:
                 raise ConfigError(f"heads: {name!r} cannot be pruned: it {refused}")
             kind = type(self._model.get_submodule(name)).__name__

@@ -59,7 +59,7 @@ def named(
         if key in said or whole in structures.groups:
             continue
         if whole in said:
-            said[key] = f"is part of attention {whole!r}: {said[whole]}"
+            said[key] = f"is part of attention {whole!r}, which is not prunable"
         elif head != key and head in said and (name in known or not name or any(module.children())):
             same = said[head] == OUTPUT
             said[key] = OUTPUT if same else f"shares its width with {head!r}: {said[head]}"
