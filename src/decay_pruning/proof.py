@@ -245,7 +245,7 @@ def stand_ins(
 
     Args:
         grad: record gradients for the parameters.
-        noise: scale every value of the parameters by 1 ± 0.2.
+        noise: scale every parameter by a factor of its own, 1 ± 0.2.
 
     Yields:
         identity of a parameter or buffer → its copy.
@@ -258,8 +258,7 @@ def stand_ins(
         if id(tensor) not in copies:
             new = cast(tensor.detach(), dtype, copy=True)
             if noise is not None and parameter and new.is_floating_point():
-                factor = torch.empty(new.shape).uniform_(0.8, 1.2, generator=noise)
-                new = new * factor.to(new.device, new.dtype)
+                new.mul_(float(torch.empty(1).uniform_(0.8, 1.2, generator=noise)))
             wants = grad and (new.is_floating_point() or new.is_complex())
             copies[id(tensor)] = nn.Parameter(new, requires_grad=wants) if parameter else new
         return copies[id(tensor)]

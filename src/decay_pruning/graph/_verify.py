@@ -133,9 +133,11 @@ class _Trials:
     def _try(self, names: Sequence[str], natural: bool) -> surgery.Verdict:
         """Remove a few structures of every layer group, then up to half: other numbers in each, or two widths that
         only a shape ties would pass."""
-        several = range(len(self.settings.settings))
         verdict = surgery.Verdict(0.0, None)
-        for picks, only in ((self._few(names), several[:2]), (self._many(names), several[::2])):
+        for picks, only in (
+            (self._few(names), (0, 1)),
+            (self._many(names), (len(self.settings.settings) - 1,)),
+        ):
             try:
                 surgery.check_picks(self.structures, picks)
                 verdict = surgery.trial(
@@ -203,6 +205,8 @@ class _Trials:
                     moved = gradients[c.tensor].index_select(c.dim, c.position.to(gradients[c.tensor].device))
                     value = float(moved.abs().max()) if moved.numel() else 0.0
                     found[name] = max(found.get(name, 0.0), value)
+            if all(found.get(name, 0.0) > _REACTION for name in self.structures.groups):
+                break
         return found
 
 
