@@ -10,29 +10,33 @@ This room knows tensors, dimensions and positions; it does not know layer types 
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS, Optimizer
+from torch.overrides import TorchFunctionMode
 
 from decay_pruning.errors import SurgeryError
+from decay_pruning.proof import TOLERANCE, Output, Settings, call, leaves, observe, untouched
 from decay_pruning.structures import NOT_PARAMETERS, Picks, Place, StructureSet
 
+__all__ = [  # what was here before the proof had a room of its own is still found here
+    "TOLERANCE", "History", "Kept", "Optimizers", "Output", "Verdict", "call", "check_picks", "check_positions",
+    "history", "leaves", "lookup", "observe", "parent", "remove", "shrink", "size_of", "trial", "untouched", "zero_",
+]  # fmt: skip
 log = logging.getLogger(__name__)
 
 #: Place → the current positions that stay there, ascending int64.
 Kept = Mapping[Place, Tensor]
 Optimizers = Optimizer | Sequence[Optimizer] | None
 
-#: Largest relative change of the output that a removal may cause, by the coarsest dtype inside the model.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 _HISTORY = "_decay_pruning_history"
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -482,154 +486,6 @@ def _zero(model: nn.Module, structures: StructureSet, picks: Picks) -> Callable[
     return put_back
 
 
-# ------------------------------------------------------------------------------------------------- proof
-
-
-@dataclass(frozen=True)
-class Output:
-    """What a model returned: its tensors, and the coarsest floating dtype that any of its layers produced."""
-
-    leaves: tuple[Tensor, ...]
-    coarsest: torch.dtype
-
-    @property
-    def finite(self) -> bool:
-        return all(bool(leaf.isfinite().all()) for leaf in self.leaves)
-
-
-def call(model: nn.Module, example_inputs: Any) -> Any:
-    """`model(x)` for a tensor, `model(*x)` for a tuple or list, `model(**x)` for a mapping."""
-    if isinstance(example_inputs, Mapping):
-        return model(**example_inputs)
-    if isinstance(example_inputs, tuple | list):
-        return model(*example_inputs)
-    return model(example_inputs)
-
-
-def leaves(output: Any) -> Iterator[Tensor]:
-    """All tensors in nested tuples, lists, mappings and dataclasses."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from leaves(value)
-    elif isinstance(output, list | tuple):
-        for value in output:
-            yield from leaves(value)
-    elif is_dataclass(output) and not isinstance(output, type):
-        for each in fields(output):
-            yield from leaves(getattr(output, each.name))
-
-
-@contextmanager
-def untouched(model: nn.Module, seed: int = 0) -> Iterator[None]:
-    """Run the model inside in evaluation mode, seeded, in full precision, and leave no trace of it.
-
-    Training flags, buffers, random number generators and TF32 settings are as before afterwards.
-    """
-    flags = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (module, name, buffer, None if buffer is None else buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-    ]
-    tensors = [*model.parameters(), *model.buffers()]
-    devices = sorted(
-        {t.device.index for t in tensors if t.device.type == "cuda" and t.device.index is not None}
-    )
-    with torch.random.fork_rng(devices=devices), _no_tf32():
-        torch.manual_seed(seed)
-        try:
-            for module, _ in flags:
-                module.training = False
-            yield
-        finally:
-            for module, training in flags:
-                module.training = training
-            for module, name, buffer, value in buffers:
-                module._buffers[name] = buffer
-                if buffer is not None and value is not None and not _same(buffer, value):
-                    buffer.data.copy_(value)
-
-
-@contextmanager
-def _no_tf32() -> Iterator[None]:
-    """Full float32 products on a GPU inside. Where torch has the newer switches, reading the old ones may raise."""
-    switches: list[tuple[Any, str, object]]
-    matmul: Any = torch.backends.cuda.matmul
-    cudnn: Any = torch.backends.cudnn
-    if hasattr(matmul, "fp32_precision"):
-        switches = [(each, "fp32_precision", "ieee") for each in (matmul, cudnn.conv, cudnn.rnn)]
-    else:
-        switches = [(each, "allow_tf32", False) for each in (matmul, cudnn)]
-    before = [getattr(owner, name) for owner, name, _ in switches]
-    try:
-        for owner, name, exact in switches:
-            setattr(owner, name, exact)
-        yield
-    finally:
-        for (owner, name, _), value in zip(switches, before, strict=True):
-            setattr(owner, name, value)
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool((a.eq(b) | (a.ne(a) & b.ne(b))).all())
-
-
-@torch.no_grad()
-def observe(model: nn.Module, example_inputs: Any) -> Output:
-    """Run the model once, as `untouched` says."""
-    dtypes: set[torch.dtype] = set()
-
-    def note(module: nn.Module, args: Any, output: Any) -> None:
-        dtypes.update(leaf.dtype for leaf in leaves(output))
-
-    handle = register_module_forward_hook(note)
-    try:
-        with untouched(model):
-            found = tuple(leaf.detach().clone() for leaf in leaves(call(model, example_inputs)))
-    finally:
-        handle.remove()
-    coarsest = max(
-        (dtype for dtype in dtypes if dtype in TOLERANCE), key=TOLERANCE.__getitem__, default=torch.float32
-    )
-    return Output(found, coarsest)
-
-
-def difference(before: Output, after: Output) -> float:
-    """Relative change ‖after − before‖ / ‖before‖ over all floating outputs together.
-
-    Raises:
-        SurgeryError: outputs of different shapes, non-finite values, or no floating output at all.
-    """
-    if [t.shape for t in before.leaves] != [t.shape for t in after.leaves]:
-        raise SurgeryError(
-            f"the output had shapes {[tuple(t.shape) for t in before.leaves]} "
-            f"and has {[tuple(t.shape) for t in after.leaves]}"
-        )
-    change = size = 0.0
-    compared = False
-    for a, b in zip(before.leaves, after.leaves, strict=True):
-        if not (a.is_floating_point() or a.is_complex()):
-            continue
-        compared = True
-        wide = torch.complex128 if a.is_complex() else torch.float64
-        a, b = a.to(wide), b.to(wide)
-        for output, when in (
-            (a, "was not finite before anything was cut"),
-            (b, "is not finite after the cut"),
-        ):
-            if not bool(output.isfinite().all()):
-                raise SurgeryError(f"the output {when}")
-        change += float((a - b).abs().square().sum())
-        size += float(a.abs().square().sum())
-    if not compared:
-        raise SurgeryError("the model returns no floating tensor, so a removal cannot be proven")
-    if change == 0:
-        return 0.0
-    return float("inf") if size == 0 else (change / size) ** 0.5
-
-
 # ------------------------------------------------------------------------------------------------ removal
 
 
@@ -650,8 +506,9 @@ def remove(
         picks: layer group → original indices to remove.
         example_inputs: a tensor, a tuple (positional) or a mapping (by keyword) to run the model on.
         optimizer: optimizer or optimizers whose state follows.
-        tolerance: largest relative change of the output. None: `TOLERANCE` of the coarsest dtype in the model.
-            Layer groups that are declared inexact only need a finite output of the same shape.
+        tolerance: largest relative change of any element of the output. None: `proof.TOLERANCE` of the coarsest dtype
+            in the model. Layer groups that are inexact by nature are compared with a model whose norms and attention
+            scales see only what is left.
 
     Returns:
         The structures that are left.
@@ -663,7 +520,8 @@ def remove(
     if not picks:
         return structures
     check_picks(structures, picks)
-    verdict = _try_remove(model, structures, picks, example_inputs, optimizer, tolerance)
+    settings = Settings.of(model, example_inputs)
+    verdict = _try_remove(model, structures, picks, settings, optimizer, tolerance)
     if verdict.problem is None:
         left = structures.without(picks)
         log.debug("removed %s", {name: len(ids) for name, ids in picks.items()})
@@ -671,7 +529,7 @@ def remove(
     guilty = {}
     if len(picks) > 1:
         for name, ids in picks.items():
-            alone = trial(model, structures, {name: ids}, example_inputs, tolerance=tolerance)
+            alone = trial(model, structures, {name: ids}, settings, tolerance=tolerance)
             if alone.problem is not None:
                 guilty[name] = alone.problem
     guilty = guilty or {", ".join(picks): verdict.problem}
@@ -705,12 +563,108 @@ def check_picks(structures: StructureSet, picks: Picks) -> None:
             )
 
 
+@contextmanager
+def only_what_is_left(model: nn.Module, kept: Kept) -> Iterator[None]:
+    """Let norms and attention see only the channels that a cut keeps, in a model that still has its old widths.
+
+    What they make of the rest is the narrower model's own; everything around them is as it was. So a cut that only
+    changes the function by their nature gives the same output, and one that is wrong does not.
+    """
+    inside: dict[str, dict[Place, Tensor]] = {}
+    for (name, dim), keep in kept.items():
+        owner = _mixer(model, name)
+        if owner is not None:
+            inside.setdefault(owner, {})[name[len(owner) + 1 if owner else 0 :], dim] = keep
+    modules = {model.get_submodule(owner): places for owner, places in inside.items()}
+    try:
+        for module, places in modules.items():
+            module.__dict__["forward"] = _narrow_forward(module, places)
+        with _ScaleByWhatIsLeft():
+            yield
+    finally:
+        for module in modules:
+            module.__dict__.pop("forward", None)
+
+
+def _mixer(model: nn.Module, name: str) -> str | None:
+    """The module that a place belongs to, if it may mix its whole width: an attention, or a leaf of vectors only."""
+    path = name.rpartition(".")[0]
+    above = path.rpartition(".")[0]
+    if isinstance(model.get_submodule(above), nn.MultiheadAttention):
+        path = above
+    module = model.get_submodule(path)
+    vectors = all(p.ndim == 1 for p in module.parameters(recurse=False))
+    leaf = not any(True for _ in module.children()) and not isinstance(module, nn.modules.batchnorm._NormBase)
+    if "forward" in module.__dict__:
+        return None
+    return path if isinstance(module, nn.MultiheadAttention) or (leaf and vectors) else None
+
+
+def _narrow_forward(module: nn.Module, places: Kept) -> Callable[..., Any]:
+    """The forward of this module cut to `places`, on inputs and outputs of the old width."""
+    keep = max(places.values(), key=torch.Tensor.numel)
+    for (name, dim), each in places.items():
+        if name in ("embed_dim", "normalized_shape", "num_channels", "weight") and dim == 0:
+            keep = each
+            break
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        width = next(size_of(module, place) for place, each in places.items() if torch.equal(each, keep))
+        small = copy.deepcopy(module)
+        small.__dict__.pop("forward", None)
+        shrink(small, places)
+        channels = 1 if isinstance(module, nn.GroupNorm) else -1
+        first = next((a for a in args if isinstance(a, Tensor)), None)
+        if first is not None and first.shape[channels] != width:
+            channels = 1
+        index = keep.to(first.device) if first is not None else keep
+
+        def narrow(value: Any) -> Any:
+            fits = (
+                isinstance(value, Tensor)
+                and value.ndim > abs(channels) - 1
+                and value.shape[channels] == width
+            )
+            return value.index_select(channels, index) if fits else value
+
+        def widen(value: Any) -> Any:
+            if isinstance(value, tuple):  # attention: its output, and weights that have no channels
+                return (widen(value[0]), *value[1:])
+            shape = list(value.shape)
+            shape[channels] = width
+            return value.new_zeros(shape).index_copy_(channels, index, value)
+
+        given = {key: narrow(value) if key in ("query", "key", "value", "input", "x") else value
+                 for key, value in kwargs.items()}  # fmt: skip
+        return widen(small(*(narrow(a) for a in args), **given))
+
+    return forward
+
+
+class _ScaleByWhatIsLeft(TorchFunctionMode):
+    """Attention scores divided by the root of the head width that is not zero."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = dict(kwargs or {})
+        if (
+            func is nn.functional.scaled_dot_product_attention
+            and given.get("scale") is None
+            and len(args) < 7
+        ):
+            query, key = (*args, *(given[name] for name in ("query", "key")[len(args) :]))[:2]
+            left = (query != 0).flatten(0, -2).any(0) & (key != 0).flatten(0, -2).any(0)
+            given["scale"] = max(1, int(left.sum())) ** -0.5
+        return func(*args, **given)
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What a removal did to the output.
 
     Attributes:
-        change: relative change of the output; None where the smaller model does not run or returns other shapes.
+        change: largest relative change of an output; None where the smaller model does not run or returns other shapes.
         problem: why the removal is not accepted, in words for the user; None where it is.
     """
 
@@ -725,9 +679,21 @@ def trial(
     example_inputs: Any,
     *,
     tolerance: float | None = None,
+    natural: bool | None = None,
+    only: Sequence[int] | None = None,
 ) -> Verdict:
-    """Try a removal and undo it."""
-    return _try_remove(model, structures, picks, example_inputs, None, tolerance, keep=False)
+    """Try a removal and undo it.
+
+    Args:
+        model, structures, picks, tolerance: as in `remove`.
+        example_inputs: those of `remove`, or the `Settings` that were made of them.
+        natural: compare with a model whose norms and attention scales see only what is left. None: where a layer
+            group says that it is inexact.
+        only: numbers of the settings to try; None for all.
+    """
+    return _try_remove(
+        model, structures, picks, example_inputs, None, tolerance, keep=False, natural=natural, only=only
+    )
 
 
 def _try_remove(
@@ -739,37 +705,50 @@ def _try_remove(
     tolerance: float | None,
     *,
     keep: bool = True,
+    natural: bool | None = None,
+    only: Sequence[int] | None = None,
 ) -> Verdict:
     """Zero, run, cut, run, compare. Undone unless it worked and is to be kept.
+
+    Single precision first; where that leaves a doubt, double precision decides.
 
     Raises:
         SurgeryError: the cut was refused before anything was touched.
     """
-    undo = [_zero(model, structures, picks)]
+    settings = example_inputs if isinstance(example_inputs, Settings) else Settings.of(model, example_inputs)
+    if natural is None:
+        natural = any(structures.groups[name].inexact for name in picks)
+    kept = structures.kept(picks)
+    verdict = Verdict(None, None)
+    zeroed = _zero(model, structures, picks)
+    undo: Callable[[], None] | None = None
     done = False
     try:
-        before = observe(model, example_inputs)
-        undo.append(shrink(model, structures.kept(picks), optimizer))
-        try:
-            change = difference(before, observe(model, example_inputs))
-        except SurgeryError as error:
-            return Verdict(None, str(error))
-        except Exception as error:
-            return Verdict(None, f"the smaller model does not run ({_first_line(error)})")
-        inexact = [name for name in picks if structures.groups[name].inexact]
-        limit = TOLERANCE[before.coarsest] if tolerance is None else tolerance
-        if inexact:
-            log.debug("inexact by nature (%s): the output changes by %.2g", ", ".join(inexact), change)
-        elif change > limit:
-            return Verdict(change, f"the output changes by {change:.2g} (relative), more than {limit:.2g}")
-        done = keep
-        return Verdict(change, None)
+        for dtype in settings.dtypes:
+            try:
+                with only_what_is_left(model, kept) if natural else nullcontext():
+                    before = settings.observe(model, dtype, only)
+            except SurgeryError as error:
+                if verdict.problem is None:
+                    return Verdict(None, f"the proof fails: {error}")
+                return verdict  # it does not run in this dtype: the narrower one has decided
+            undo = shrink(model, kept, optimizer)
+            try:
+                change, limit, where = settings.change(before, settings.observe(model, dtype, only), only)
+            except SurgeryError as error:
+                return Verdict(None, str(error))
+            limit = limit if tolerance is None else tolerance
+            if change <= limit:
+                done = keep
+                return Verdict(change, None)
+            verdict = Verdict(
+                change, f"the output changes by {change:.2g} (relative), more than {limit:.2g}, {where}"
+            )
+            undo()
+            undo = None
+        return verdict
     finally:
         if not done:
-            for step in reversed(undo):
-                step()
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
+            if undo is not None:
+                undo()
+            zeroed()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch_pruning._helpers import GroupItem
 from decay_pruning import surgery
 from decay_pruning.checks import shown
 from decay_pruning.errors import ConfigError, GraphError
+from decay_pruning.graph import _reasons
 from decay_pruning.graph._layers import MIXES, TABLE, Layer, Slice
 from decay_pruning.graph._trace import Indices, Item, Untraceable, trace, walk
 from decay_pruning.graph._verify import demote, verified
@@ -90,13 +91,14 @@ class Graph:
         skip = _resolve_ignored(model, ignored)
         dependencies = trace(model, example_inputs)
         self._traced = self._enumerate(dependencies, skip)
-        self._missing = self._unreached(dependencies)
+        self._given = tuple(heads)
         label, sizes = self._tie(heads)
         structures = self._assemble(label, sizes)
         if verify:
             structures = verified(model, structures, example_inputs, allow_inexact)
         if not allow_inexact:
             structures = demote(structures)
+        structures = self._explained(structures, example_inputs)
         if not structures.groups:
             reasons = "\n".join(
                 f"  {name or type(model).__name__}: {why}" for name, why in structures.unprunable.items()
@@ -127,19 +129,22 @@ class Graph:
             traced.append(group)
             try:
                 group.items = walk(node, pruner.prune_out_channels, width)
-            except Untraceable as error:
-                group.refused = str(error)
-                continue
-            for item in group.items:
-                if item.outward:
-                    covered.setdefault(item.node, set()).update(item.index.tolist())
-            group.refused = self._refusal(group, skip)
-            try:
+                for item in group.items:
+                    if item.outward:
+                        covered.setdefault(item.node, set()).update(item.index.tolist())
+                group.refused = self._refusal(group, skip)
                 for item in group.items:
                     group.slices += self._slices(item)
                     group.inexact = group.inexact or self._mixing(item.node)
             except Untraceable as error:
                 group.refused = group.refused or str(error)
+            except (
+                Exception
+            ) as error:  # whatever torch-pruning's graph holds there, it costs this layer group only
+                log.debug("layer group %r cannot be traced", name, exc_info=True)
+                group.refused = (
+                    group.refused or f"the trace fails on its way ({type(error).__name__}: {error})"
+                )
         return traced
 
     def _refusal(self, group: _Traced, skip: set[int]) -> str | None:
@@ -151,7 +156,7 @@ class Graph:
         for item in group.items:
             node = item.node
             if node.type == ops.OPTYPE.OUTPUT:
-                return "feeds the model's output"
+                return _reasons.OUTPUT
             if node.type in (ops.OPTYPE.LSTM, ops.OPTYPE.CUSTOMIZED):
                 return f"is coupled to {self._modules[node.module]!r}, a layer type that is not supported"
         parameters = [
@@ -189,6 +194,8 @@ class Graph:
                 raise Untraceable(
                     f"torch-pruning finds {int(each.position.max()) + 1} channels at {each.tensor!r}, which has {size}"
                 )
+        if item.beyond:
+            raise Untraceable(f"torch-pruning finds channels at {layer.name!r} that it does not have")
         return layer.slices
 
     def _bare(self, node: Any, item: Item) -> Layer:
@@ -198,7 +205,7 @@ class Graph:
         layer = Layer(name.rpartition(".")[0], owner, item.root, self._names)
         norm = _is_norm(owner)
         layer.tensor(leaf, node.pruning_dim, Role.SCALE if norm else Role.OTHER, item.index)
-        if norm:
+        if norm and isinstance(getattr(owner, "normalized_shape", None), tuple):
             layer.attribute("normalized_shape", item.index)
         return layer
 
@@ -211,20 +218,32 @@ class Graph:
         why = MIXES.get(node.type)
         return why.format(self._modules[node.module]) if why else None
 
-    def _unreached(self, dependencies: Any) -> dict[str, str]:
-        """Layers that the example inputs do not lead through."""
-        return {
-            name: "is not reached from the example inputs"
-            for module, name in self._modules.items()
-            if isinstance(module, _ROOTS)
-            and module not in dependencies.module2node
-            and not any(isinstance(owner, ops.TORCH_MHA) for owner in self._owners(name))
-        }
+    def _shared(self) -> dict[str, str]:
+        """Layer → the layer group that its width belongs to, prunable or not."""
+        found: dict[str, str] = {}
+        for head, members in self._heads.items():
+            for item in (item for each in members for item in each.items if item.outward):
+                module = item.node.module
+                if item.node.type == ops.OPTYPE.PARAMETER:
+                    found.setdefault(self._names[id(module)].rpartition(".")[0], head)
+                elif module in self._modules:
+                    found.setdefault(self._modules[module], head)
+        return found
 
-    def _owners(self, name: str) -> Iterator[nn.Module]:
-        while name:
-            name = name.rpartition(".")[0]
-            yield self._model.get_submodule(name)
+    def _explained(self, structures: StructureSet, example_inputs: Any) -> StructureSet:
+        """Every layer that is not prunable named, and advice about heads where there may be some."""
+        said = dict(structures.unprunable)
+        views = [name for name, why in said.items() if "is invalid for input of size" in why]
+        if views:
+            shared, given = self._shared(), self._given
+            scored = {shared.get(name, name) for name in _reasons.scored(self._model, example_inputs)}
+            for name in scored & set(views) - {shared.get(each, each) for each in given}:
+                said[name] += _reasons.HEADS
+        known = {name for module, name in self._modules.items() if isinstance(module, _ROOTS)}
+        said = _reasons.named(
+            self._model, replace(structures, unprunable=said), example_inputs, self._shared(), known
+        )
+        return replace(structures, unprunable=said)
 
     # ------------------------------------------------------------------------------- channels → structures
 
@@ -268,6 +287,16 @@ class Graph:
                         f"heads[{name!r}] = {count} does not divide its {found.size} structures"
                     )
                 return _components(label, key, rank % (found.size // count))
+        if name in self._modules.values():
+            refused = next(
+                (each.refused for each in self._traced if each.name == name and each.refused), None
+            )
+            if refused is not None:
+                raise ConfigError(f"heads: {name!r} cannot be pruned: it {refused}")
+            kind = type(self._model.get_submodule(name)).__name__
+            raise ConfigError(
+                f"heads: {name!r} ({kind}) is no layer whose outputs can be told apart by heads"
+            )
         raise ConfigError(f"heads: no prunable layer {name!r}{_nearest(name, self._modules.values())}")
 
     def _assemble(self, label: Indices, sizes: dict[Place, int]) -> StructureSet:
@@ -276,12 +305,14 @@ class Graph:
         of_key = np.repeat(np.arange(len(self._traced)), [group.width for group in self._traced])
         joined = _components(np.arange(len(self._traced)), of_key, label) if label.size else of_key
         self._members: dict[str, list[tuple[_Traced, Indices]]] = {}
+        self._heads: dict[str, list[_Traced]] = {}
         groups: dict[str, LayerGroup] = {}
         unprunable: dict[str, str] = {}
         for g, head in enumerate(self._traced):
             if joined[g] != g:
                 continue
             members = [m for m in range(len(self._traced)) if joined[m] == g]
+            self._heads[head.name] = [self._traced[m] for m in members]
             keys = np.concatenate([np.arange(start[m], start[m + 1]) for m in members])
             ids, row = np.unique(label[keys], return_inverse=True)
             rows = np.full(label.size, -1, dtype=np.int64)
@@ -300,7 +331,7 @@ class Graph:
                 couplings=_couplings(traced),
                 inexact=next((each.inexact for each, _ in traced if each.inexact), None),
             )
-        return StructureSet(groups, sizes, {**unprunable, **self._missing})
+        return StructureSet(groups, sizes, unprunable)
 
     # ---------------------------------------------------------------------------------------------- scores
 
@@ -403,7 +434,10 @@ class Graph:
 def _is_norm(module: nn.Module) -> bool:
     """A norm over its last dimension that torch-pruning does not know (RMSNorm)."""
     shape = getattr(module, "normalized_shape", None)
-    return isinstance(shape, tuple) and len(shape) == 1
+    own = [p.ndim for p in module.parameters(recurse=False)]
+    return (isinstance(shape, tuple) and len(shape) == 1) or (
+        "rmsnorm" in type(module).__name__.lower() and own == [1]
+    )
 
 
 def _misread(item: Item) -> bool:

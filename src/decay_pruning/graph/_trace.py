@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from torch_pruning import ops
 from torch_pruning._helpers import _HybridIndex
 from torch_pruning.dependency import index_mapping
 
-from decay_pruning import surgery
+from decay_pruning import proof, surgery
 from decay_pruning.errors import GraphError
 
 log = logging.getLogger(__name__)
@@ -32,8 +33,17 @@ Indices = NDArray[np.int64]
 #: (channel of one layer, channel of the root), parallel (n,) → the same pairs one operation further.
 Mapping = Callable[[Indices, Indices], tuple[Indices, Indices]]
 
-#: Beyond this an index can only come from an index mapping that runs away.
-_LIMIT = 1 << 24
+#: Node types that are layers, which have a width of their own. All others are operations between them.
+TYPES_OF_LAYERS = frozenset(
+    {
+        *(ops.OPTYPE.CONV, ops.OPTYPE.DEPTHWISE_CONV, ops.OPTYPE.LINEAR, ops.OPTYPE.EMBED, ops.OPTYPE.MHA),
+        *(ops.OPTYPE.BN, ops.OPTYPE.IN, ops.OPTYPE.LN, ops.OPTYPE.GN, ops.OPTYPE.PRELU, ops.OPTYPE.PARAMETER),
+    }
+)
+#: Nodes whose width says nothing about the indices that come there, or that have a better reason of their own.
+_LOOSE = (ops.OPTYPE.LSTM, ops.OPTYPE.CUSTOMIZED, ops.OPTYPE.OUTPUT, ops.OPTYPE.DEPTHWISE_CONV)
+#: More often than this no sound walk comes to one side of one layer: a wide concatenation brings a span at a time.
+_VISITS = 2000
 _EVERYTHING = 1 << 62
 
 
@@ -53,15 +63,19 @@ def trace(model: nn.Module, example_inputs: Any) -> Any:
 
     def outputs(result: Any) -> list[Tensor]:
         # One more operation after every output: torch-pruning marks it as an output, whatever made it.
-        found = [leaf * 1 for leaf in surgery.leaves(result) if leaf.grad_fn is not None]
+        given = list(surgery.leaves(result))
+        found = [leaf * 1 for leaf in given if leaf.grad_fn is not None]
         if not found:
-            raise GraphError(
-                "no output of the model depends on its parameters, so its layers cannot be traced"
-            )
+            raise GraphError(f"{_speechless(result, given)}, so its layers cannot be traced")
         return found
 
     graph = tp.DependencyGraph()
-    with surgery.untouched(model), _all_trainable(model), warnings.catch_warnings():
+    with (
+        surgery.untouched(model),
+        _all_trainable(model),
+        _own_eval_not_called(model),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         try:
             graph.build_dependency(
@@ -76,11 +90,24 @@ def trace(model: nn.Module, example_inputs: Any) -> Any:
                 ) from error
             log.debug("torch-pruning could not infer all index mappings (%r); going on with our own", error)
         _mend(graph)
+        _note_rooms(graph)
         for node in graph.module2node.values():
             node.grad_fn = None  # or it would hold all activations, and weights that surgery has replaced
             if node.type == ops.OPTYPE.SLICE:
                 node.module.grad_fn = None
     return graph
+
+
+def _speechless(result: Any, given: list[Tensor]) -> str:
+    """Why no gradient comes out of a model, in words."""
+    if not given:
+        return f"the model returns no tensor (a {type(result).__name__})"
+    if not any(leaf.is_floating_point() or leaf.is_complex() for leaf in given):
+        return f"the model's output holds no floating tensor ({proof.WAY_OUT})"
+    return (
+        "no gradient leads from the model's output to its parameters "
+        "(it does not depend on them, or there is a detach() or no_grad() between)"
+    )
 
 
 @contextmanager
@@ -97,6 +124,46 @@ def _all_trainable(model: nn.Module) -> Iterator[None]:
                 p.requires_grad_(False)
 
 
+@contextmanager
+def _own_eval_not_called(model: nn.Module) -> Iterator[None]:
+    """torch-pruning calls `model.eval()`, and a user's `train()` may do more than set flags (LoRA merges weights)."""
+    own = model.__dict__.get("eval")
+    model.__dict__["eval"] = lambda: model
+    try:
+        yield
+    finally:
+        del model.__dict__["eval"]
+        if own is not None:
+            model.__dict__["eval"] = own
+
+
+def _note_rooms(graph: Any) -> None:
+    """Give every node its `room` (in, out): the width of the place where an index stands there.
+
+    Operations have no width of their own; an index there belongs to some layer, or to a dimension it was flattened to.
+    """
+    nodes = list(graph.module2node.values())
+    for node in nodes:
+        try:
+            sides = graph.get_in_channels(node), graph.get_out_channels(node)
+        except Exception:  # a layer that torch-pruning misreads; whoever walks there is refused
+            sides = None, None
+        node.room = tuple(None if n is None else int(n) for n in sides)
+    widest = max((n for node in nodes for n in node.room if n is not None), default=0)
+    for node in nodes:
+        if None in node.room or node.type in _LOOSE:
+            extents = [n for shape in _shapes_around(node.grad_fn) for n in shape]
+            node.room = (4 * max([widest, *extents]),) * 2  # some way off still ends in a layer's own reason
+
+
+def _shapes_around(function: Any) -> Iterator[list[int]]:
+    """Shapes of what an autograd node makes and of what it reads."""
+    pairs = [(function, 0), *getattr(function, "next_functions", ())]
+    for each, output in pairs:
+        if getattr(each, "_input_metadata", None):
+            yield _shape(each, output)
+
+
 # -------------------------------------------------------------------------------------------- index mappings
 
 
@@ -111,6 +178,22 @@ class _Shift:
     def __call__(self, index: Indices, root: Indices) -> tuple[Indices, Indices]:
         inside = (index >= self.first) & (index < self.last)
         return index[inside] - self.first + self.to, root[inside]
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """Channels first, first + step, … below last; and back."""
+
+    first: int
+    last: int
+    step: int
+    back: bool = False
+
+    def __call__(self, index: Indices, root: Indices) -> tuple[Indices, Indices]:
+        if self.back:
+            return index * self.step + self.first, root
+        inside = (index >= self.first) & (index < self.last) & ((index - self.first) % self.step == 0)
+        return (index[inside] - self.first) // self.step, root[inside]
 
 
 @dataclass(frozen=True)
@@ -134,6 +217,7 @@ def _mend(graph: Any) -> None:
     """Replace the index mappings whose sizes autograd knows."""
     nodes = list(graph.module2node.values())
     for kind, mend in (
+        (ops.OPTYPE.SLICE, _mend_slice),
         (ops.OPTYPE.RESHAPE, _mend_reshape),
         (ops.OPTYPE.SPLIT, _mend_split),
         (ops.OPTYPE.CONCAT, _mend_concat),
@@ -185,11 +269,40 @@ def _sizes(split: Any) -> list[int]:
 
 def _dim(function: Any, ndim: int) -> int:
     """Dimension that a split or concatenation works on (saved as an unsigned number)."""
-    return ((int(function._saved_dim) + (1 << 63)) % (1 << 64) - (1 << 63)) % ndim
+    return _signed(function._saved_dim) % ndim
+
+
+def _signed(number: Any) -> int:
+    """Autograd saves dimensions and the ends of slices as unsigned numbers, also the negative ones."""
+    return (int(number) + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def _edges(source: Any, target: Any) -> list[Any]:
     return [dep for dep in source.dependencies if dep.target is target]
+
+
+def _mend_slice(graph: Any, node: Any) -> None:
+    """Ends that are counted from the end, along the channels only."""
+    function = node.grad_fn
+    sizes = [int(n) for n in getattr(function, "_saved_self_sym_sizes", ())]
+    if not sizes or not node.inputs:
+        return
+    dim = _dim(function, len(sizes))
+    along = _is_along(sizes, dim, _width(graph, node.inputs[0]))
+    first, last, step = slice(
+        _signed(function._saved_start), _signed(function._saved_end), int(function._saved_step)
+    ).indices(sizes[dim])
+    for neighbour in node.inputs:
+        for back, deps in ((False, _edges(neighbour, node)), (True, _edges(node, neighbour))):
+            for dep in deps:
+                dep.index_mapping[0] = _Slice(first, last, step, back) if along else None
+
+
+def _is_along(shape: list[int], dim: int, width: int | None) -> bool:
+    """Whether a dimension holds the channels: the usual one where its size fits, else the first that does."""
+    usual = 2 if len(shape) == 3 else min(1, len(shape) - 1)
+    wide = [d for d, size in enumerate(shape) if size == width]
+    return dim == usual if usual in wide or not wide else dim == wide[0]
 
 
 def _mend_reshape(graph: Any, node: Any) -> None:
@@ -233,8 +346,13 @@ def _mend_split(graph: Any, node: Any) -> None:
     if function is None:
         return
     sizes = _sizes(node.grad_fn)
-    if len(_shape(node.grad_fn)) > 2 and _width(graph, node.inputs[0]) != sum(sizes):
-        return  # along another dimension than the channels
+    part = _shape(node.grad_fn)
+    dim = _dim(node.grad_fn, len(part))
+    if len(part) > 2:
+        width = _width(graph, node.inputs[0])
+        whole = [sum(sizes) if d == dim else size for d, size in enumerate(part)]
+        if width != sum(sizes) or not _is_along(whole, dim, width):
+            return  # along another dimension than the channels
     node.module.split_sizes = sizes
     first = np.cumsum([0, *sizes]).tolist()
     for consumer in dict.fromkeys(node.outputs):
@@ -262,7 +380,9 @@ def _mend_concat(graph: Any, node: Any) -> None:
         return
     if len(whole) > 2:
         for k, source in zip(traced, node.inputs, strict=True):
-            if source.type != ops.OPTYPE.SPLIT and _width(graph, source) not in (None, sizes[k]):
+            width = None if source.type == ops.OPTYPE.SPLIT else _width(graph, source)
+            part = [sizes[k] if d == dim else size for d, size in enumerate(whole)]
+            if width is not None and (width != sizes[k] or not _is_along(part, dim, width)):
                 return  # along another dimension than the channels
     for source in dict.fromkeys(node.inputs):
         spans = [k for k, each in zip(traced, node.inputs, strict=True) if each is source]
@@ -280,7 +400,7 @@ def _is_traced(function: Any, parameters: set[int]) -> bool:
 
 def _apply(mapping: Any, index: Indices, root: Indices) -> tuple[Indices, Indices]:
     """An index mapping on arrays: ours, or torch-pruning's, which take lists of pairs."""
-    if isinstance(mapping, _Shift | _Flatten):
+    if isinstance(mapping, _Shift | _Slice | _Flatten):
         return mapping(index, root)
     if isinstance(mapping, index_mapping._FlattenIndexMapping):
         return _Flatten(int(mapping._stride), back=mapping.reverse)(index, root)
@@ -289,11 +409,8 @@ def _apply(mapping: Any, index: Indices, root: Indices) -> tuple[Indices, Indice
         narrows = mapping.reverse == isinstance(mapping, index_mapping._ConcatIndexMapping)
         return _Shift(first, last)(index, root) if narrows else _Shift(0, _EVERYTHING, first)(index, root)
     if isinstance(mapping, index_mapping._SliceIndexMapping):
-        first, last, step = int(mapping.start), int(mapping.end), int(mapping.step)
-        if mapping.reverse:
-            return index * step + first, root
-        inside = (index >= first) & (index < last) & ((index - first) % step == 0)
-        return (index[inside] - first) // step, root[inside]
+        ends = _signed(mapping.start), _signed(mapping.end), int(mapping.step)
+        return _Slice(*ends, back=bool(mapping.reverse))(index, root)
     pairs = mapping([_HybridIndex(idx=int(i), root_idx=int(r)) for i, r in zip(index, root, strict=True)])
     return (
         np.array([pair.idx for pair in pairs], dtype=np.int64),
@@ -311,11 +428,13 @@ class Item:
     Attributes:
         dep: torch-pruning's dependency that led here first.
         index, root: parallel (n,): channel of this layer, channel of the root that it goes with.
+        beyond: there are channels among them that this layer does not have.
     """
 
     dep: Any
     index: Indices
     root: Indices
+    beyond: bool = False
 
     @property
     def node(self) -> Any:
@@ -324,27 +443,43 @@ class Item:
     @property
     def outward(self) -> bool:
         """The output side of a layer, or both sides where they are one (norms, depthwise convolutions)."""
-        return bool(self.dep.handler.__name__ == "prune_out_channels")
+        return _outward(self.dep)
+
+
+def _outward(dep: Any) -> bool:
+    return bool(dep.handler.__name__ == "prune_out_channels")
+
+
+def _place(node: Any) -> str:
+    """A node in words for the user."""
+    name = str(node.name).split(" ")[0]
+    kind = name.strip("_").partition("(")[0].rstrip("0123456789").strip("_")
+    if node.type == ops.OPTYPE.OUTPUT:
+        return "the model's output"
+    return repr(name) if node.type in TYPES_OF_LAYERS else f"an operation ({kind})"
 
 
 def walk(node: Any, handler: Any, width: int) -> list[Item]:
     """Everything coupled to the `width` output channels of a node, the root itself first.
 
     Raises:
-        Untraceable: an index mapping leaves the range of sensible indices.
+        Untraceable: an index lies beyond the place where it stands, or the walk does not settle: an index mapping
+            that is wrong runs round a cycle and finds new indices at every turn.
     """
     start = tp.dependency.Dependency(handler, handler, source=node, target=node)
     everything = np.arange(width, dtype=np.int64)
     found: dict[tuple[Any, Any], Item] = {}
     seen: dict[tuple[Any, Any], Indices] = {}
+    visits: Counter[tuple[Any, Any]] = Counter()
     todo = [(start, everything, everything)]
     while todo:
         dep, index, root = todo.pop()
-        if index.size and (index.min() < 0 or index.max() >= _LIMIT or root.min() < 0):
-            raise Untraceable(
-                f"torch-pruning loses track of its channels at {dep.target.name.split(' ')[0]!r}"
-            )
         key = (dep.target, dep.handler)
+        visits[key] += 1
+        beyond = bool(index.max() >= dep.target.room[int(_outward(dep))])
+        lost = index.min() < 0 or root.min() < 0 or visits[key] > _VISITS
+        if lost or (beyond and dep.target.type not in TYPES_OF_LAYERS):
+            raise Untraceable(f"torch-pruning loses track of its channels at {_place(dep.target)}")
         code = np.unique(index * width + root)
         if key in seen:
             code = np.setdiff1d(code, seen[key], assume_unique=True)
@@ -354,9 +489,12 @@ def walk(node: Any, handler: Any, width: int) -> list[Item]:
         if key in seen:
             seen[key] = np.union1d(seen[key], code)
             item = found[key]
+            item.beyond |= beyond
             item.index, item.root = np.append(item.index, index), np.append(item.root, root)
         else:
-            seen[key], found[key] = code, Item(dep, index, root)
+            seen[key], found[key] = code, Item(dep, index, root, beyond)
+        if beyond:
+            continue  # the layer itself says so, and nothing that is true lies behind it
         for onward in dep.target.dependencies:
             if onward.is_triggered_by(dep.handler):
                 i, r = index, root

@@ -1,18 +1,26 @@
-"""Verification: every layer group is tried on the model before it is offered."""
+"""Verification: every layer group is tried on the model before it is offered.
+
+It does not matter how the structures were found: what comes in is a `StructureSet`, and so is what goes out.
+"""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from decay_pruning import surgery
+from decay_pruning import proof, surgery
 from decay_pruning.errors import GraphError, SurgeryError
-from decay_pruning.structures import Role, StructureSet
+from decay_pruning.proof import Settings
+from decay_pruning.structures import NOT_PARAMETERS, LayerGroup, Picks, Role, StructureSet
+
+#: A cut that moves no element of the output by this much (relative) could not be told from none.
+_REACTION = 1e-6
 
 
 def demote(structures: StructureSet) -> StructureSet:
@@ -29,68 +37,177 @@ def demote(structures: StructureSet) -> StructureSet:
 def verified(
     model: nn.Module, structures: StructureSet, example_inputs: Any, allow_inexact: bool
 ) -> StructureSet:
-    """Try every layer group: what does not run becomes unprunable, what changes the output becomes inexact."""
+    """Try every layer group. What does not run, or changes the output other than by its nature, becomes unprunable.
+
+    Raises:
+        GraphError: the model says nothing on the example inputs.
+    """
+    _check_output(model, example_inputs)
     groups = dict(structures.groups)
     unprunable = dict(structures.unprunable)
-    if not surgery.observe(model, example_inputs).finite:
-        raise GraphError("the model's output on the example inputs is not finite; has the training diverged?")
+    if not groups:
+        return structures
     with _random_values(model, structures, example_inputs):
-        for declared in (False, True) if allow_inexact else (False,):
-            names = [
-                name for name, group in structures.groups.items() if (group.inexact is not None) == declared
-            ]
-            for name, verdict in _failures(model, structures, names, example_inputs).items():
-                if verdict.change is None:
-                    unprunable[name] = (
-                        f"removing a structure fails: {verdict.problem}{_hint(verdict.problem)}"
-                    )
-                    del groups[name]
-                else:
-                    groups[name] = replace(groups[name], inexact=verdict.problem)
+        trials = _Trials(model, structures, Settings.of(model, example_inputs, thorough=True))
+        exact = [name for name, group in structures.groups.items() if group.inexact is None]
+        declared = [name for name in structures.groups if name not in exact] if allow_inexact else []
+        failed = trials.failures(exact, natural=False)
+        changed = [name for name, verdict in failed.items() if verdict.change is not None]
+        explained = {n for n in changed if n not in trials.failures([n], natural=True)}
+        failed |= trials.failures(declared, natural=True)
+        for name, verdict in failed.items():
+            if name in explained:
+                groups[name] = replace(groups[name], inexact=_nature(model, groups[name]))
+                continue
+            del groups[name]
+            if verdict.change is None:
+                unprunable[name] = f"removing a structure fails: {verdict.problem}"
+            elif name in declared:
+                why = structures.groups[name].inexact
+                unprunable[name] = (
+                    f"removing a structure changes more than its nature ({why}): {verdict.problem}"
+                )
+            else:
+                unprunable[name] = f"removing a structure changes what is left: {verdict.problem}"
+        for name in trials.dumb(list(groups)):
+            del groups[name]
+            unprunable[name] = (
+                "the output does not react to it, so a removal cannot be proven; give example inputs on which it "
+                f"matters (longer ones, or values other than zeros), and {proof.WAY_OUT}"
+            )
     return replace(structures, groups=groups, unprunable=unprunable)
 
 
-def _hint(problem: str | None) -> str:
-    if problem and "is invalid for input of size" in problem:
-        return "; if these are attention heads, give their number in heads={layer: number}"
-    return ""
+def _check_output(model: nn.Module, example_inputs: Any) -> None:
+    """The model says something that a removal could be proven by."""
+    diverged = [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
+    if diverged:
+        raise GraphError(
+            f"the parameter {diverged[0]!r} is not finite ({len(diverged)} in all); has the training diverged?"
+        )
+    leaves = proof.observe(model, example_inputs).leaves
+    floating = [leaf for leaf in leaves if leaf.is_floating_point() or leaf.is_complex()]
+    if not any(leaf.numel() for leaf in floating):
+        what = "is empty on the example inputs" if floating else "holds no floating tensor"
+        raise GraphError(f"the model's output {what}, so no removal can be proven; {proof.WAY_OUT}")
+    if not any(bool(leaf.isfinite().any()) for leaf in floating):
+        raise GraphError("the model's output on the example inputs is not finite anywhere")
 
 
-def _failures(
-    model: nn.Module, structures: StructureSet, names: Sequence[str], example_inputs: Any
-) -> dict[str, surgery.Verdict]:
-    """The layer groups among `names` whose removal fails. All at once first, then by halves."""
-    if not names:
-        return {}
-    verdict = _try(model, structures, names, example_inputs)
-    if verdict.problem is None:
-        return {}
-    if len(names) == 1:
-        return {names[0]: verdict}
-    half = len(names) // 2
-    found = _failures(model, structures, names[:half], example_inputs)
-    found |= _failures(model, structures, names[half:], example_inputs)
-    if not found:  # each half works alone and both together do not: give up the second
-        return dict.fromkeys(names[half:], verdict)
-    return found
+def _nature(model: nn.Module, group: LayerGroup) -> str:
+    """What explains that a removal changes the output, in words."""
+    for c in group.couplings:
+        owner, _ = surgery.parent(model, c.tensor)
+        norm = "norm" in type(owner).__name__.lower() and not isinstance(
+            owner, nn.modules.batchnorm._NormBase
+        )
+        if norm and c.role is not Role.COLUMN:
+            return f"{type(owner).__name__} {c.tensor.rpartition('.')[0]!r} normalises over this width"
+    return "attention scales its scores by the head width"
 
 
-def _try(
-    model: nn.Module, structures: StructureSet, names: Sequence[str], example_inputs: Any
-) -> surgery.Verdict:
-    """Remove one structure of every layer group, then about a third of all."""
-    one = {name: [len(structures.groups[name]) // 3] for name in names}
-    third = {name: range(0, len(structures.groups[name]) - 1, 3) for name in names}
-    verdict = surgery.Verdict(0.0, None)
-    for picks in (one, third):
+@dataclass
+class _Trials:
+    """Tries layer groups of one model."""
+
+    model: nn.Module
+    structures: StructureSet
+    settings: Settings
+
+    def failures(self, names: Sequence[str], natural: bool) -> dict[str, surgery.Verdict]:
+        """The layer groups among `names` whose removal fails. All at once first, then by halves."""
+        if not names:
+            return {}
+        verdict = self._try(names, natural)
+        if verdict.problem is None:
+            return {}
+        if len(names) == 1:
+            return {names[0]: verdict}
+        half = len(names) // 2
+        found = self.failures(names[:half], natural)
+        found |= self.failures(names[half:], natural)
+        if not found:  # each half works alone and both together do not: give up the second
+            return dict.fromkeys(names[half:], verdict)
+        return found
+
+    def _try(self, names: Sequence[str], natural: bool) -> surgery.Verdict:
+        """Remove a few structures of every layer group, then up to half: other numbers in each, or two widths that
+        only a shape ties would pass."""
+        verdict = surgery.Verdict(0.0, None)
+        for picks, only in (
+            (self._few(names), (0, 1)),
+            (self._many(names), (len(self.settings.settings) - 1,)),
+        ):
+            try:
+                surgery.check_picks(self.structures, picks)
+                verdict = surgery.trial(
+                    self.model, self.structures, picks, self.settings, natural=natural, only=only
+                )
+            except SurgeryError as error:
+                verdict = surgery.Verdict(None, str(error))
+            if verdict.problem is not None:
+                break
+        return verdict
+
+    def _few(self, names: Sequence[str]) -> Picks:
+        picks = {}
+        for k, name in enumerate(names):
+            size = len(self.structures.groups[name])
+            count = min(1 + k % 3, max(1, size // 3))
+            picks[name] = sorted({(size // 3 + j * max(1, size // 3)) % size for j in range(count)})
+        return self._originals(picks)
+
+    def _many(self, names: Sequence[str]) -> Picks:
+        draw = random.Random(len(names))
+        picks = {}
+        for name in names:
+            size = len(self.structures.groups[name])
+            picks[name] = sorted(draw.sample(range(size), draw.randint(1, max(1, size // 2))))
+        return self._originals(picks)
+
+    def _originals(self, rows: Picks) -> Picks:
+        return {name: self.structures.groups[name].ids[list(row)].tolist() for name, row in rows.items()}
+
+    # ------------------------------------------------------------------------------------------ the control
+
+    def dumb(self, names: Sequence[str]) -> list[str]:
+        """The layer groups that the output says nothing about: cut or not, it would be the same.
+
+        The gradient of the output tells for all of them at once. Where it is silent (`detach`, a step function), the
+        layer group is set to zero and the model is run.
+        """
+        moved = self._sensitivity()
+        silent = [name for name in names if not moved.get(name, 0.0) > _REACTION]
+        if not silent:
+            return []
+        dtype = self.settings.dtypes[0]
+        before = self.settings.observe(self.model, dtype)
+        return [name for name in silent if not self._reacts(name, before)]
+
+    def _reacts(self, name: str, before: list[proof.Output]) -> bool:
+        undo = surgery._zero(self.model, self.structures, self._many([name]))
         try:
-            surgery.check_picks(structures, picks)
-            verdict = surgery.trial(model, structures, picks, example_inputs)
-        except SurgeryError as error:
-            verdict = surgery.Verdict(None, str(error))
-        if verdict.problem is not None:
-            break
-    return verdict
+            after = self.settings.observe(self.model, self.settings.dtypes[0])
+            return self.settings.change(before, after)[0] > _REACTION
+        except SurgeryError:
+            return True  # it cannot even be compared
+        finally:
+            undo()
+
+    def _sensitivity(self) -> dict[str, float]:
+        """Layer group → how far the output moves with the values of its parameters, to first order."""
+        found: dict[str, float] = {}
+        for gradients in self.settings.gradients(self.model):
+            for name, group in self.structures.groups.items():
+                for c in group.couplings:
+                    if c.role in NOT_PARAMETERS or c.tensor not in gradients:
+                        continue
+                    moved = gradients[c.tensor].index_select(c.dim, c.position.to(gradients[c.tensor].device))
+                    value = float(moved.abs().max()) if moved.numel() else 0.0
+                    found[name] = max(found.get(name, 0.0), value)
+            if all(found.get(name, 0.0) > _REACTION for name in self.structures.groups):
+                break
+        return found
 
 
 @contextmanager
@@ -109,10 +226,9 @@ def _random_values(model: nn.Module, structures: StructureSet, example_inputs: A
     try:
         for tensor, data in saved:
             tensor.data = _perturbed(data, generator)
-        if not surgery.observe(
-            model, example_inputs
-        ).finite:  # overflow of a narrow dtype: the values as they are
-            for tensor, data in saved:
+        leaves = proof.observe(model, example_inputs).leaves
+        if not any(bool(leaf.isfinite().any()) for leaf in leaves if leaf.is_floating_point()):
+            for tensor, data in saved:  # overflow of a narrow dtype: the values as they are
                 tensor.data = data
         yield
     finally:

@@ -1,0 +1,142 @@
+"""Every layer with a weight that is not prunable is named, and what is said of it is true."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from decay_pruning.errors import ConfigError
+from decay_pruning.graph import Graph
+from decay_pruning.structures import Role
+from tests.nets import EXACT, INEXACT, Net, image, make
+
+
+class Own(nn.Module):
+    """A linear layer of a class of one's own, its weight the other way round."""
+
+    def __init__(self, i: int, o: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(i, o)), nn.Parameter(torch.randn(o))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight)
+
+
+def net(run: Callable[..., Any], x: Any = None, **layers: Any) -> Net:
+    """`x` → `enter` → `hidden` → `run` (on `odd`) → `out`."""
+    torch.manual_seed(0)
+
+    def whole(m: Net, x: Tensor) -> Any:
+        return m.out(run(m, m.hidden(m.enter(x)).relu()))
+
+    given = {
+        "enter": nn.Linear(6, 9),
+        "hidden": nn.Linear(9, 8),
+        "odd": nn.Linear(8, 8),
+        "out": nn.Linear(8, 4),
+    }
+    return Net(whole, **(given | layers))
+
+
+def detached(m: Net, x: Tensor) -> Tensor:
+    return x + m.odd(x).detach()
+
+
+def under_no_grad(m: Net, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        side = m.odd(x)
+    return x + side
+
+
+def in_a_checkpoint(m: Net, x: Tensor) -> Tensor:
+    return x + checkpoint(m.odd, x.detach(), use_reentrant=True)
+
+
+def in_training(m: Net, x: Tensor) -> Tensor:
+    return m.odd(x) if m.training else x
+
+
+GRADIENT = "runs, but under detach(), no_grad() or a checkpoint"
+CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
+    "detached": (detached, {}, GRADIENT),
+    "under no_grad": (under_no_grad, {}, GRADIENT),
+    "in a checkpoint": (in_a_checkpoint, {}, GRADIENT),
+    "not run": (lambda m, x: x, {}, "is not reached from the example inputs"),
+    "in training only": (in_training, {}, "runs in training mode only"),
+    "of an own class": (lambda m, x: x + m.odd(x), {"odd": Own(8, 8)}, "layer class Own is not supported"),
+    "recurrent": (lambda m, x: x + m.odd(x), {"odd": nn.GRUCell(8, 8)}, "layer class GRUCell is not supported"),
+    "own class, detached": (lambda m, x: x + m.odd(x).detach(), {"odd": Own(8, 8)}, GRADIENT),
+    "weight read by F.linear": (
+        lambda m, x: x + F.linear(x, m.odd.weight, m.odd.bias), {}, "its weight is used outside of its own forward"
+    ),
+    "bare parameter of two dimensions": (
+        lambda m, x: x + x.detach() @ m.odd, {"odd": nn.Parameter(torch.randn(8, 8))}, ""
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("name", CASES)
+def test_the_reason_is_true(name: str) -> None:
+    run, layers, reason = CASES[name]
+    found = Graph(net(run, **layers), image(3, 6)).structures
+    assert "enter" in found.groups
+    assert found.unprunable["odd"].startswith(reason)
+    assert found.unprunable["out"] == "feeds the model's output"
+
+
+@pytest.mark.parametrize("name", [*EXACT, *INEXACT])
+def test_every_layer_with_a_weight_is_prunable_or_named(name: str) -> None:
+    model, x = make(name)
+    found = Graph(model, x, allow_inexact=name in INEXACT).structures
+    first = {id(p): n for n, p in model.named_parameters()}
+    cut = {c.tensor for group in found.groups.values() for c in group.couplings if c.role is not Role.COLUMN}
+    for path, module in model.named_modules():
+        weights = [first[id(p)] for p in module.parameters(recurse=False) if p.ndim > 1]
+        if weights and not cut & set(weights):
+            assert path in found.unprunable or any(w in found.unprunable for w in weights), path
+
+
+def test_a_width_is_shared_with_a_layer_that_is_named() -> None:
+    model = Net(
+        lambda m, x: m.out(m.norm(m.enter(x) + m.more(m.hidden(x)))),
+        enter=nn.Linear(6, 8), hidden=nn.Linear(6, 9), more=nn.Linear(9, 8), norm=nn.LayerNorm(8), out=nn.Linear(8, 4),
+    )  # fmt: skip
+    said = Graph(model, image(3, 6)).structures.unprunable
+    assert said["more"].startswith("shares its width with 'enter': removal is not exact: LayerNorm 'norm'")
+
+
+# ------------------------------------------------------------------------------------------------- advice
+
+
+def heads(m: Net, x: Tensor) -> Tensor:
+    q, k, v = m.qkv(x).view(2, 5, 3, 3, 4).permute(2, 0, 3, 1, 4)
+    return m.out(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def shuffled(m: Net, x: Tensor) -> Tensor:
+    return m.out(m.qkv(x).view(2, 5, 2, 18).transpose(2, 3).flatten(2)).softmax(-1)
+
+
+@pytest.mark.parametrize(("run", "advice"), [(heads, True), (shuffled, False)])
+def test_heads_are_asked_for_where_there_may_be_some(run: Callable[..., Any], advice: bool) -> None:
+    torch.manual_seed(0)
+    model = Net(
+        lambda m, x: run(m, m.enter(m.first(x))),
+        first=nn.Linear(6, 7), enter=nn.Linear(7, 6), qkv=nn.Linear(6, 36), out=nn.Linear(12 if advice else 36, 4),
+    )  # fmt: skip
+    said = Graph(model, image(2, 5, 6)).structures.unprunable["qkv"]
+    assert ("heads={" in said) == advice, said
+
+
+def test_no_name_is_suggested_for_itself() -> None:
+    model = net(lambda m, x: x + m.odd(x), odd=Own(8, 8))
+    with pytest.raises(ConfigError) as error:
+        Graph(model, image(3, 6), heads={"odd": 2})
+    assert "did you mean" not in str(error.value) and "Own" in str(error.value)
