@@ -317,7 +317,10 @@ class _Still(TorchDispatchMode):
             torch.manual_seed(0)
         out = func(*values, **given)
         if name == "bernoulli":
-            chance = values[1] if len(values) > 1 else given.get("p", values[0])
+            written = func.overloadpacket.__name__.endswith(
+                "_"
+            )  # its own values are no chances, and 0.5 is left out
+            chance = values[1] if len(values) > 1 else given.get("p", 0.5 if written else values[0])
             return out.copy_(chance >= 0.5) if isinstance(chance, Tensor) else out.fill_(1)
         if name in ("rand", "rand_like"):
             return out.fill_(0.5)
