@@ -221,6 +221,18 @@ def test_held_out_samples_of_tensors(targets: torch.Tensor) -> None:
         assert held.labels("test").bincount().tolist() == [3, 3, 3, 3]
 
 
+def test_double_precision_and_what_cannot_be_mixed() -> None:
+    x = torch.randn(16, 4, dtype=torch.float64)
+    y = x.sum(1, keepdim=True).sigmoid()
+    loss = torch.nn.functional.binary_cross_entropy_with_logits
+    doubles = TensorData("d", (x, y), (x, y), loss=loss, metric=Metric("m", score=lambda o, t: t[:, 0] > 0))
+    settings = TrainSettings(epochs=1, batch_size=8, mixup=0.2)
+    assert Training(torch.nn.Linear(4, 1), doubles, settings, seed=0, cpu=True).run().accuracy == 100
+    tokens = TensorData("t", (x.long(), y), (x.long(), y))
+    with pytest.raises(ConfigError, match="mixup mixes inputs, and those of t are whole numbers"):
+        Training(torch.nn.Linear(4, 1), tokens, settings, seed=0, cpu=True)
+
+
 def toy(**more: Any) -> TensorData:
     x, y = torch.randn(32, 4), torch.arange(32) % 3
     return TensorData("toy", (x, y), (x, y), classes=("a", "b", "c"), **more)
@@ -239,7 +251,7 @@ def test_cross_entropy_and_top1_if_nothing_else_is_said() -> None:
     [
         ({"metric": Metric("m", score=lambda o, t: o)}, r"the metric 'm' gave shape \(32, 3\) for a batch of 32"),
         ({"metric": Metric("m", score=lambda o, t: 1.0)}, "the metric 'm' gave float"),
-        ({"metric": Metric("m", score=lambda o, t: t / 0)}, "the metric 'm' of the test samples is (inf|nan)"),
+        ({"metric": Metric("m", score=lambda o, t: t / 0)}, "the metric 'm' is (inf|nan): a figure is needed"),
         ({"loss": lambda o, t: o.sum(1)}, r"the loss must be one number, and has the shape \(8,\)"),
     ],
 )  # fmt: skip
