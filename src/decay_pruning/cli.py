@@ -230,7 +230,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         _fail(f"{error.filename or 'input/output'}: {error.strerror or error}")
     except ModuleNotFoundError as error:
-        ours = error.name in ("accelerate", "sklearn", "pyarrow", "PIL")
+        ours = str(error.name).partition(".")[0] in (
+            "accelerate",
+            "sklearn",
+            "pyarrow",
+            "PIL",
+            "decay_pruning",
+        )
         needs = ": this command needs the extra `lab`: pip install 'decay-pruning[lab]'" if ours else ""
         _fail(f"{error.name} is not installed{needs}")
     except KeyboardInterrupt:
