@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -160,13 +161,27 @@ def test_modules_of_one_name_in_two_folders(file: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(file.parent, other)
     (other / "wave_task.py").write_text(MODULE.replace('"waves"', '"ripples"'))
+    (other / "helper_beside.py").write_text(HELPER + "\nWHERE = 'other'\n")
     first, second = recipe.load(file), recipe.load(other / "waves.toml")
     assert [r.data.load().name for r in (first, second, first)] == ["waves", "ripples", "waves"]
+    second.data.load()
+    assert sys.modules["helper_beside"].WHERE == "other" and str(file.parent) not in sys.path
+    first.data.load()
+    assert not hasattr(sys.modules["helper_beside"], "WHERE") and str(other) not in sys.path
     (other / "fractions.py").write_text("def f(): ...\n")
     with pytest.raises(
         ConfigError, match=r"'fractions' in .*other has the name of another one that is in use"
     ):
         own.find("fractions:f", "model", other)
+
+
+def test_modules_of_one_name_in_two_current_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in (1, 2):
+        (tmp_path / str(i)).mkdir()
+        (tmp_path / str(i) / "mine.py").write_text(f"def f(): return {i}\n")
+        monkeypatch.chdir(tmp_path / str(i))
+        assert own.find("mine:f", "model")() == i
+    own.find("fractions:Fraction", "model")
 
 
 def test_a_changed_module_makes_another_start(file: Path) -> None:
