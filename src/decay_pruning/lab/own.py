@@ -112,8 +112,7 @@ def _on_path(beside: str | os.PathLike[str] | None) -> Iterator[None]:
             sys.path.remove(place)
         if beside:  # for what its functions import when they run
             _folders.add(places[0])
-            for place in _left:
-                sys.path.remove(place)
+            sys.path[:] = [place for place in sys.path if place not in _left]
             _left[:] = [] if places[0] in sys.path else places[:1]
             sys.path += _left
 
