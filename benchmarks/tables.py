@@ -118,7 +118,8 @@ def comparison(path: Path, result: Result) -> str:
         f"{values['dense']['epochs']:g} epochs to the dense start, {' or '.join(map(str, steps))} steps from there, "
         f"seeds {', '.join(map(str, result.seeds))}. {made(path, result.machine, result.versions, result.command)}"
     )
-    head = ["arm", "top-1", "against `single`", "just after removal", "MACs kept, %", "parameters kept, %"]
+    head = ["arm", result.metric.name, "against `single`", "just after removal", "MACs kept, %"]
+    head += ["parameters kept, %"]
     head += ["latency, dense ÷ pruned", "released", "seeds"]
     title = values["title"] or values["name"]
     return f"### {title}\n\n{said}\n\n{table(head, map(_arm, summarise(result)))}"

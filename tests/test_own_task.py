@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -160,13 +161,27 @@ def test_modules_of_one_name_in_two_folders(file: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(file.parent, other)
     (other / "wave_task.py").write_text(MODULE.replace('"waves"', '"ripples"'))
+    (other / "helper_beside.py").write_text(HELPER + "\nWHERE = 'other'\n")
     first, second = recipe.load(file), recipe.load(other / "waves.toml")
     assert [r.data.load().name for r in (first, second, first)] == ["waves", "ripples", "waves"]
+    second.data.load()
+    assert sys.modules["helper_beside"].WHERE == "other" and str(file.parent) not in sys.path
+    first.data.load()
+    assert not hasattr(sys.modules["helper_beside"], "WHERE") and str(other) not in sys.path
     (other / "fractions.py").write_text("def f(): ...\n")
     with pytest.raises(
         ConfigError, match=r"'fractions' in .*other has the name of another one that is in use"
     ):
         own.find("fractions:f", "model", other)
+
+
+def test_modules_of_one_name_in_two_current_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in (1, 2):
+        (tmp_path / str(i)).mkdir()
+        (tmp_path / str(i) / "mine.py").write_text(f"def f(): return {i}\n")
+        monkeypatch.chdir(tmp_path / str(i))
+        assert own.find("mine:f", "model")() == i
+    own.find("fractions:Fraction", "model")
 
 
 def test_a_changed_module_makes_another_start(file: Path) -> None:
@@ -221,6 +236,18 @@ def test_held_out_samples_of_tensors(targets: torch.Tensor) -> None:
         assert held.labels("test").bincount().tolist() == [3, 3, 3, 3]
 
 
+def test_double_precision_and_what_cannot_be_mixed() -> None:
+    x = torch.randn(16, 4, dtype=torch.float64)
+    y = x.sum(1, keepdim=True).sigmoid()
+    loss = torch.nn.functional.binary_cross_entropy_with_logits
+    doubles = TensorData("d", (x, y), (x, y), loss=loss, metric=Metric("m", score=lambda o, t: t[:, 0] > 0))
+    settings = TrainSettings(epochs=1, batch_size=8, mixup=0.2)
+    assert Training(torch.nn.Linear(4, 1), doubles, settings, seed=0, cpu=True).run().accuracy == 100
+    tokens = TensorData("t", (x.long(), y), (x.long(), y))
+    with pytest.raises(ConfigError, match="mixup mixes inputs, and those of t are whole numbers"):
+        Training(torch.nn.Linear(4, 1), tokens, settings, seed=0, cpu=True)
+
+
 def toy(**more: Any) -> TensorData:
     x, y = torch.randn(32, 4), torch.arange(32) % 3
     return TensorData("toy", (x, y), (x, y), classes=("a", "b", "c"), **more)
@@ -239,7 +266,7 @@ def test_cross_entropy_and_top1_if_nothing_else_is_said() -> None:
     [
         ({"metric": Metric("m", score=lambda o, t: o)}, r"the metric 'm' gave shape \(32, 3\) for a batch of 32"),
         ({"metric": Metric("m", score=lambda o, t: 1.0)}, "the metric 'm' gave float"),
-        ({"metric": Metric("m", score=lambda o, t: t / 0)}, "the metric 'm' of the test samples is (inf|nan)"),
+        ({"metric": Metric("m", score=lambda o, t: t / 0)}, "the metric 'm' is (inf|nan): a figure is needed"),
         ({"loss": lambda o, t: o.sum(1)}, r"the loss must be one number, and has the shape \(8,\)"),
     ],
 )  # fmt: skip

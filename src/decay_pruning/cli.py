@@ -230,9 +230,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         _fail(f"{error.filename or 'input/output'}: {error.strerror or error}")
     except ModuleNotFoundError as error:
-        _fail(
-            f"{error.name} is not installed: this command needs the extra `lab`: pip install 'decay-pruning[lab]'"
+        ours = str(error.name).partition(".")[0] in (
+            "accelerate",
+            "sklearn",
+            "pyarrow",
+            "PIL",
+            "decay_pruning",
         )
+        needs = ": this command needs the extra `lab`: pip install 'decay-pruning[lab]'" if ours else ""
+        _fail(f"{error.name} is not installed{needs}")
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped; finished runs are kept, the same command goes on from there")
         raise SystemExit(130) from None

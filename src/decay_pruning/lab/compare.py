@@ -498,12 +498,14 @@ def _result(file: Path, recipe: Recipe, data: Data, command: str, jobs: int) -> 
         ConfigError: it was made with other settings.
     """
     values = recipe.to_dict()
+    labels = data.labels("test").detach().cpu().contiguous()
+    labels = labels.float() if labels.is_floating_point() else labels
     facts: dict[str, Any] = {
         "name": data.name,
         "note": data.note,
         "train": len(data.labels("train")),
-        "test": len(data.labels("test")),
-        "labels": hashlib.sha256(data.labels("test").contiguous().numpy().tobytes()).hexdigest()[:12],
+        "test": len(labels),
+        "labels": hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:12],
     }
     if data.metric != TOP1:
         facts["metric"] = data.metric.to_dict()

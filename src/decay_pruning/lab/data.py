@@ -317,7 +317,7 @@ class Batches:
         return self._resident([part.to(self.device) for part in parts], generator)
 
     def _as_they_are(self, samples: Samples, parts: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        x, y = (part.to(self.device) for part in samples)
+        x, y = (p.to(self.device, torch.float32 if p.is_floating_point() else None) for p in samples)
         for rows in parts:
             rows = rows.to(self.device)
             yield x[rows], y[rows]

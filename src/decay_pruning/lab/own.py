@@ -16,8 +16,12 @@ from typing import Any
 
 from decay_pruning.errors import ConfigError, DecayPruningError
 
-#: Top-level modules that were found in a folder; another recipe may have others of these names.
-_from_folders: set[str] = set()
+#: Folders of recipes; another recipe may have other modules of the same names in its own.
+_folders: set[str] = set()
+#: Modules that were imported here, from whatever place.
+_imported: set[str] = set()
+#: What was left on Python's path: the folder of the last recipe.
+_left: list[str] = []
 
 
 def find(name: str, what: str, beside: str | os.PathLike[str] | None = None) -> Callable[..., Any]:
@@ -34,7 +38,10 @@ def find(name: str, what: str, beside: str | os.PathLike[str] | None = None) -> 
     module_name, _, function_name = name.partition(":")
     here = f"{what} {name!r}"
     with _on_path(beside):
-        _forget_another(module_name.partition(".")[0], here)
+        top = module_name.partition(".")[0]
+        _forget_others(top, here)
+        if top not in sys.modules:
+            _imported.add(top)
         try:
             module = importlib.import_module(module_name)
         except DecayPruningError:
@@ -103,27 +110,38 @@ def _on_path(beside: str | os.PathLike[str] | None) -> Iterator[None]:
     finally:
         for place in places:
             sys.path.remove(place)
-        if beside and places[0] not in sys.path:  # for what its functions import when they run
-            sys.path.append(places[0])
+        if beside:  # for what its functions import when they run
+            _folders.add(places[0])
+            sys.path[:] = [place for place in sys.path if place not in _left]
+            _left[:] = [] if places[0] in sys.path else places[:1]
+            sys.path += _left
 
 
-def _forget_another(top: str, here: str) -> None:
-    """Take a module out of Python's memory if the path now leads to another one of its name.
+def _forget_others(wanted: str, here: str) -> None:
+    """Take modules that came from such folders out of Python's memory if the path now leads to others, or to none.
 
     Raises:
-        ConfigError: it did not come from a folder such as this, so others may be using it.
+        ConfigError: the wanted module has the name of one that came from elsewhere, so others are using it.
     """
-    loaded = getattr(sys.modules.get(top), "__spec__", None)
-    found = importlib.machinery.PathFinder.find_spec(top) if top else None
-    if found is None or found.origin is None:
-        return
-    if loaded is not None and loaded.origin != found.origin:
-        if top not in _from_folders:
+    for top in [name for name in sys.modules if "." not in name]:
+        origin = getattr(getattr(sys.modules[top], "__spec__", None), "origin", None)
+        ours = origin is not None and (_folder(origin) in _folders or (top == wanted and top in _imported))
+        if origin is None or (top != wanted and not ours):
+            continue
+        found = importlib.machinery.PathFinder.find_spec(top)
+        if found is not None and found.origin == origin:
+            continue
+        if ours:
+            for module in [m for m in sys.modules if m == top or m.startswith(f"{top}.")]:
+                del sys.modules[module]
+        elif found is not None and found.origin is not None:
             raise ConfigError(
-                f"{here}: the module {top!r} in {Path(found.origin).parent} has the name of another one that is "
-                "in use already: rename it"
+                f"{here}: the module {top!r} in {_folder(found.origin)} has the name of another one that is in use "
+                "already: rename it"
             )
-        for module in [m for m in sys.modules if m == top or m.startswith(f"{top}.")]:
-            del sys.modules[module]
-    if loaded is None or loaded.origin != found.origin:
-        _from_folders.add(top)
+
+
+def _folder(origin: str) -> str:
+    """Where a top-level module lies."""
+    file = Path(origin)
+    return str(file.parent.parent if file.name == "__init__.py" else file.parent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -89,8 +90,15 @@ class Metric(Scale):
         return scores.double().sum()
 
     def mean(self, total: float, count: int) -> float:
-        """The figure that is shown, from the sum over all samples."""
-        return (100 if self.unit == "%" else 1) * total / count
+        """The figure that is shown, from the sum over all samples.
+
+        Raises:
+            ConfigError: it is not a finite number.
+        """
+        value = (100 if self.unit == "%" else 1) * total / count
+        if not math.isfinite(value):
+            raise ConfigError(f"the metric {self.name!r} is {value}: a figure is needed")
+        return value
 
 
 TOP1 = Metric()
@@ -98,7 +106,7 @@ TOP1 = Metric()
 
 @dataclass(frozen=True, eq=False)
 class TensorData:
-    """A data set of your own, whose samples go into the model as they are.
+    """A data set of your own, whose samples go into the model as they are (floating-point ones as float32).
 
     Attributes:
         name: what to call it wherever a figure from it is shown.
@@ -170,8 +178,12 @@ def _check(samples: object, what: str) -> None:
         raise ConfigError(f"{what} are {len(inputs):,} inputs and {len(targets):,} targets")
 
 
+def is_floating(data: Any) -> bool:
+    """Whether the inputs are floating-point numbers, as images are."""
+    return not isinstance(data, TensorData) or data.test[0].is_floating_point()
+
+
 def blank(data: Any, count: int, device: torch.device) -> Tensor:
     """Zeros of the shape and type of `count` inputs, for counting and timing."""
-    floating = not isinstance(data, TensorData) or data.test[0].is_floating_point()
-    dtype = torch.float32 if floating else data.test[0].dtype
+    dtype = torch.float32 if is_floating(data) else data.test[0].dtype
     return torch.zeros(count, *data.shape, device=device, dtype=dtype)

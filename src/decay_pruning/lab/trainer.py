@@ -26,7 +26,7 @@ from decay_pruning.checks import NotNegative, OneOf, Positive, Share, Whole, che
 from decay_pruning.errors import ConfigError
 from decay_pruning.hosts import Phase
 from decay_pruning.lab.data import AUGMENTATIONS, Batches, Data
-from decay_pruning.lab.task import Split
+from decay_pruning.lab.task import Split, is_floating
 
 logger = logging.getLogger(__name__)
 
@@ -279,6 +279,8 @@ class Training:
                 raise ConfigError("channels_last needs a GPU: on a CPU, oneDNN can crash after pruning")
         if data.loss is not None and settings.label_smoothing:
             raise ConfigError(f"label_smoothing is for cross-entropy, and {data.name} has a loss of its own")
+        if settings.mixup and not is_floating(data):
+            raise ConfigError(f"mixup mixes inputs, and those of {data.name} are whole numbers")
         self.settings, self.seed, self.model = settings, seed, model
         self._own_loss = data.loss
         self.accelerator = _accelerator(settings, cpu)
@@ -351,12 +353,10 @@ class Training:
         Raises:
             ConfigError: it is not a finite number.
         """
-        total = _total(self.model, self.test, self.accelerator.autocast, torch.float32)
-        metric = self.test.data.metric
-        value = metric.mean(float(self.accelerator.reduce(total, "sum")), len(self.test.labels))
-        if not math.isfinite(value):
-            raise ConfigError(f"the metric {metric.name!r} of the test samples is {value}")
-        return value
+        total = self.accelerator.reduce(
+            _total(self.model, self.test, self.accelerator.autocast, torch.float32), "sum"
+        )
+        return self.test.data.metric.mean(float(total), len(self.test.labels))
 
     def _loop(
         self, pruner: PrunerLike | None, on_step: Callable[[Step], None], eval_every: float | None
