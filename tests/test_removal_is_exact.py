@@ -88,7 +88,9 @@ def test_the_zoo(name: str) -> None:
     model = build(name, classes=10, channels=channels, **options)
     x = image(2, channels, options.get("size", 32), options.get("size", 32))
     structures = Graph(lively(model), x).structures
-    assert "feeds the model's output" in structures.unprunable.values() and len(structures.unprunable) <= 2
+    reasons = structures.unprunable.values()
+    own = [r for r in reasons if not r.startswith(("shares its width with", "is part of attention"))]
+    assert "feeds the model's output" in reasons and len(own) <= 2
     picks = {key: group.ids[::2].tolist() for key, group in structures.groups.items()}
     surgery.zero_(model, structures, picks)
     before = output(model, x)
