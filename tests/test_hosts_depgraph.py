@@ -173,3 +173,19 @@ def test_importance_that_returns_nothing_useful(value, words):
     run = start("residual", "depgraph", "sp", host=DepGraph(importance=lambda group: value))
     with pytest.raises(ConfigError, match=f"{words}.* for layer group 'conv1'|'conv1'.*{words}"):
         run.step()
+
+
+@pytest.mark.parametrize("keep", [0.45, 0.5, 0.6, 0.7])
+def test_local_scope_leaves_equal_widths_equal(keep):
+    """One width for every block, or no configuration could describe the model."""
+    torch.manual_seed(0)
+    blocks = [
+        torch.nn.Sequential(torch.nn.Linear(8, 37), torch.nn.ReLU(), torch.nn.Linear(37, 8)) for _ in range(3)
+    ]
+    net = torch.nn.Sequential(*blocks)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    host = DepGraph(scope="local", ignored=("0.2", "1.2"))
+    pruner = Pruner(net, torch.randn(1, 8), optimizer, keep, host=host, smooth=SmoothPruning.one_step())
+    pruner.finish(force=True)
+    assert len({block[0].out_features for block in net}) == 1
+    assert 0.9 * keep * pruner.before.macs < pruner.progress().macs <= keep * pruner.before.macs

@@ -30,8 +30,10 @@ def test_met_within_one_structure(model_name, host_name, arm, target):
             mask = torch.zeros(len(group), dtype=torch.bool)
             mask[0] = True
             worth.append(getattr(costs.now, target.of) - getattr(costs.after({name: mask}), target.of))
-    # Both neighbours of the last structure grow with it, so its worth was a little more than one is worth now.
-    assert target.keep * before - after <= 1.5 * max(worth)
+    # Both neighbours of the last structure grow with it, so its worth was a little more than one is worth now. In local
+    # scope one goes from each layer group of a width.
+    last = sum(worth) if host_name == "depgraph-rounds" else max(worth)
+    assert target.keep * before - after <= 1.5 * last
 
 
 @everywhere

@@ -42,7 +42,8 @@ def choose(
         scene: what there is, and what can be picked.
         scores: layer group → one float per structure, parallel to its ids. What is absent is not picked.
         goal: what has to be reached.
-        scope: "global" compares scores over all layer groups; "local" takes the same share of each.
+        scope: "global" compares scores over all layer groups; "local" takes the same share of each, so that equal
+            widths stay equal.
         min_kept: structures (int) or share (float) of each layer group that always stays; never less than one.
         round_to: what stays of a layer group is a multiple of this, rounded *up*, so a layer group of 16 asked to lose
             a tenth at a multiple of 8 loses nothing, and the log says so.
@@ -72,7 +73,13 @@ def choose(
         ranked = score.sort().values[: order[name].numel()]
         ranks.append(ranked if scope == "global" else (torch.arange(ranked.numel()) + 1) / size)
         owners.append(torch.full((ranked.numel(),), number))
-    owner = torch.cat(owners)[torch.argsort(torch.cat(ranks).double(), stable=True)]
+    rank, turn = torch.cat(ranks).double().sort(stable=True)
+    owner = torch.cat(owners)[turn]
+    # Where to stop: after any structure, or in local scope after all of one share, so that equal widths stay equal.
+    stops = torch.arange(rank.numel() + 1)
+    if scope == "local":
+        ends = rank.diff(append=rank.new_tensor([torch.inf])).gt(0)
+        stops = torch.cat([stops[:1], stops[1:][ends]])
 
     def counts(k: int) -> dict[str, int]:
         """How many of each layer group go when the k lowest are chosen."""
@@ -97,13 +104,14 @@ def choose(
             f"and {least:,} if all {owner.numel()} structures that may go went (min_kept = {min_kept}, round_to = "
             f"{round_to}; {len(scene.structures.unprunable)} layers are not prunable). Keep more, or allow more to go."
         )
-    low, high = 0, owner.numel()
-    while low < high:
-        middle = (low + high) // 2
-        if goal.met(cost(middle)):
-            high = middle
+    first, last = 0, stops.numel() - 1
+    while first < last:
+        middle = (first + last) // 2
+        if goal.met(cost(int(stops[middle]))):
+            last = middle
         else:
-            low = middle + 1
+            first = middle + 1
+    low = int(stops[first])
     if round_to > 1:
         asked = torch.bincount(owner[:low], minlength=len(names)).tolist()
         for (name, number), wanted in zip(counts(low).items(), asked, strict=True):
