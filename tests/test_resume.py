@@ -1,5 +1,7 @@
 """Stop at any step, go on in a new process: the same weights bit for bit."""
 
+import copy
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +66,53 @@ def test_resume_in_a_new_process(tmp_path, host_name, optimizer, arm):
 def test_a_state_of_another_model_is_refused():
     state = start("plain", "depgraph").pruner.state_dict()
     with pytest.raises(ConfigError, match="another model"):
+        start("residual", "depgraph").pruner.load_state_dict(state)
+
+
+def damaged(state, dice):
+    """The same nested containers with one value in them replaced by something else."""
+    nonsense = [None, -1, "x", 2.5, float("nan"), [], {}, 10**30, torch.full((3,), torch.nan)]
+    places = []
+
+    def collect(box):
+        for key in list(box) if isinstance(box, dict) else range(len(box)):
+            places.append((box, key))
+            if isinstance(box[key], dict | list):
+                collect(box[key])
+
+    state = copy.deepcopy(state)
+    collect(state)
+    box, key = dice.choice(places)
+    box[key] = dice.choice(nonsense)
+    return state
+
+
+@pytest.mark.parametrize("host_name", ["depgraph", "otov2", "gates"])
+def test_a_damaged_state_is_one_error_and_nothing_is_touched(host_name):
+    run = start("residual", host_name, "paper")
+    for _ in range(6):
+        run.step()
+    good = run.pruner.state_dict()
+    dice, refused = random.Random(host_name), 0
+    fresh = start("residual", host_name, "paper")
+    before = copy.deepcopy(fresh.model.state_dict())
+    for _ in range(60):
+        try:
+            fresh.pruner.load_state_dict(damaged(good, dice))
+        except ConfigError:
+            refused += 1
+            assert fresh.pruner.structures is fresh.pruner.original and fresh.pruner.engine.step == 0
+            now = fresh.model.state_dict()
+            assert all(torch.equal(value, now[name]) for name, value in before.items())
+        else:  # a value that could have been
+            fresh = start("residual", host_name, "paper")
+    assert refused > 20
+    fresh.pruner.load_state_dict(good)
+
+
+def test_a_state_of_another_host_is_refused():
+    state = start("residual", "otov2").pruner.state_dict()
+    with pytest.raises(ConfigError, match="saved with the host 'OTOv2', and this pruner has DepGraph"):
         start("residual", "depgraph").pruner.load_state_dict(state)
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from decay_pruning.checks import Count, checked
 from decay_pruning.decay import SmoothPruning, factors, joint
 from decay_pruning.errors import ConfigError, DecayPruningError
 from decay_pruning.fading import Fading, Key, Numbers, as_keys, as_picks
@@ -205,22 +206,30 @@ class Engine:
 
         What the driver cannot do is said once: an error of ours that leaves it is the end of pruning.
         """
-        names = ("structures", "step", "counts", "held", "_fading", "_holding", "_picks_made", "_pick_sizes",
-                 "_free_again", "_on_the_way", "_untold")  # fmt: skip
-        kinds = (dict, list, Counts)
-        before = {n: copy.copy(v) if isinstance(v := getattr(self, n), kinds) else v for n in names}
+        before = self.book()
         put_back = None if self._driver is None else self._driver.snapshot()
         try:
             part()
         except BaseException as error:
-            self.__dict__.update(before)
+            self.restore(before)
             if put_back is not None:
                 put_back()
-            if self._watch is not None:
-                self._watch.forget()
             if self._driver is not None and isinstance(error, DecayPruningError):
                 self._driver.failed(error)
             raise
+
+    def book(self) -> dict[str, Any]:
+        """The book-keeping as it is, for `restore`."""
+        names = ("structures", "step", "counts", "held", "_fading", "_holding", "_picks_made", "_pick_sizes",
+                 "_free_again", "_on_the_way", "_untold")  # fmt: skip
+        kinds = (dict, list, Counts)
+        return {n: copy.copy(v) if isinstance(v := getattr(self, n), kinds) else v for n in names}
+
+    def restore(self, book: Mapping[str, Any]) -> None:
+        """The book-keeping as it was; what is watched is read anew."""
+        self.__dict__.update(book)
+        if self._watch is not None:
+            self._watch.forget()
 
     def tell(self) -> None:
         """Pass on what has happened, now that all of it has."""
@@ -361,16 +370,19 @@ class Engine:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`; the structures must be those of the moment when it was made."""
         self._on_the_way = None
-        self.step = state["step"]
-        self.counts = Counts(**state["counts"])
-        self._picks_made = state["picks_made"]
+        self.step = checked(state["step"], Count, "step")
+        self.counts = Counts(**{name: checked(n, Count, name) for name, n in state["counts"].items()})
+        self._picks_made = checked(state["picks_made"], Count, "picks_made")
         self._free_again = {(name, index): free for name, index, free in state["free_again"]}
         self._pick_sizes = {begun: (picked, released) for begun, picked, released in state["pick_sizes"]}
         self.held = {name: list(ids) for name, ids in state["held"].items()}
         self._holding = self._batch(self.held, Role) if self.held else None
         self._fading = None
         if state["fading"] is not None:
-            self._fading = Fading.from_state(self._batch(state["fading"]["picks"]), state["fading"])
+            figures = 0 if self.rectify is None else len(self.rectify.figures)
+            self._fading = Fading.from_state(self._batch(state["fading"]["picks"]), state["fading"], figures)
+            if set(self.decaying) & set(as_keys(self.held)):
+                raise ConfigError("a structure both decays and is held")
             self._load_weights(self._fading.batch, state["kept"])
 
     def _saved_weights(self) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from decay_pruning.errors import ConfigError
 from decay_pruning.slices import SliceBatch
 from decay_pruning.structures import Picks, Place, StructureSet
 
@@ -74,9 +75,23 @@ class Fading:
         return saved
 
     @classmethod
-    def from_state(cls, batch: SliceBatch, state: Mapping[str, Any]) -> Fading:
-        """From `state_dict()`, with a batch of its picks."""
+    def from_state(cls, batch: SliceBatch, state: Mapping[str, Any], figures: int) -> Fading:
+        """From `state_dict()`, with a batch of its picks.
+
+        Raises:
+            ConfigError: a part has another shape or kind, or values that no decay has.
+        """
         saved = {name: value for name, value in state.items() if name != "picks"}
+        kinds = {"begun": torch.int64, "steps": torch.int64, "seen": torch.int64, "rectified": torch.bool}
+        shapes = {"start": (batch.slices,), "mean": (figures, batch.slots)}
+        for name, value in saved.items():
+            right = isinstance(value, Tensor) and value.shape == shapes.get(name, (batch.slots,))
+            if not right or value.dtype != kinds.get(name, value.dtype) or not bool(value.isfinite().all()):
+                raise ConfigError(f"its part {name!r} does not fit what decays")
+        if bool((saved["steps"] < 1).any()) or any(
+            bool((saved[n] < 0).any()) for n in ("begun", "seen", "start")
+        ):
+            raise ConfigError("it has decays of no length, or from before the beginning")
         for name in ("start", "mean"):
             saved[name] = saved[name].to(batch.device, batch.dtype)
         return cls(batch=batch, **saved)

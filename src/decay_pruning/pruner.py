@@ -219,7 +219,8 @@ class Pruner:
             for name, group in self.original.groups.items()
         }
         return {
-            "version": 1,
+            "version": 2,
+            "host": type(self.host).__name__,
             "structures": {name: len(group) for name, group in self.original.groups.items()},
             "removed": {name: ids for name, ids in removed.items() if ids},
             "round": self._round,
@@ -239,21 +240,48 @@ class Pruner:
             ConfigError: the state belongs to another model, or this pruner has already removed something.
         """
         own = {name: len(group) for name, group in self.original.groups.items()}
-        if state.get("version") != 1 or state.get("structures") != own:
+        if not isinstance(state, Mapping) or not _equal(state.get("version"), 2):
+            raise ConfigError("this is no state of a pruner, or one of another version of this library")
+        if not _equal(state.get("structures"), own):
             raise ConfigError("this state was saved for another model: its layer groups or widths differ")
+        if not _equal(state.get("host"), type(self.host).__name__):
+            raise ConfigError(
+                f"this state was saved with the host {state.get('host')!r}, and this pruner has "
+                f"{type(self.host).__name__}"
+            )
         if self.structures is not self.original or self.engine.step:
             raise ConfigError(
                 "load the state into a fresh pruner on the original model, before any training step"
             )
+        still = surgery.Still([self.model, *self._also], self._chain)
+        put_back = self.snapshot()
+        engine = self.engine.book()
+        try:
+            self._load(state)
+        except BaseException as error:
+            still.put_back()
+            put_back()
+            self.engine.restore(engine)
+            if isinstance(error, Exception):
+                why = error if isinstance(error, DecayPruningError) else f"{type(error).__name__}: {error}"
+                raise ConfigError(
+                    f"this state is damaged or was saved with other settings; nothing was loaded ({why})"
+                ) from error
+            raise
+
+    def _load(self, state: Mapping[str, Any]) -> None:
         if state["removed"]:
-            surgery.shrink(self.model, self.original.kept(state["removed"]), self._optimizer)
+            surgery.check_picks(self.original, state["removed"])
+            surgery.shrink(self.model, self.original.kept(state["removed"]), self._chain)
+            for each in self._also:
+                copies.prune_like(each, self.model)
         structures = self.original.without(state["removed"])
         self.engine.structures = structures
         self._costs = CostModel(self.model, self.example_inputs, structures)
         self.before = Cost(**state["before"])
-        self._round = state["round"]
-        self._due = state["due"]
-        self._finished_at = state["finished_at"]
+        self._round = checked(state["round"], Count, "round")
+        self._due = checked(state["due"], Count, "due")
+        self._finished_at = checked(state["finished_at"], Count, "finished_at")
         self.engine.load_state_dict(state["engine"])
         self._picker.load_state_dict(state["picker"])
 
@@ -304,7 +332,7 @@ class Pruner:
 
     def snapshot(self) -> Callable[[], None]:
         """What puts the pruner, and the model where it was about to be cut, back as they are now."""
-        names = ("_round", "_due", "_finished_at", "_costs", "_left", "_picker")
+        names = ("_round", "_due", "_finished_at", "_costs", "_left", "_picker", "before")
         before = {name: getattr(self, name) for name in names}
         picker = _copied(self._picker)
         still = self._still = []
@@ -483,6 +511,14 @@ def _only(picks: Picks, keys: set[Key]) -> Picks:
 
 def _less(picks: Picks, keys: set[Key]) -> Picks:
     return _only(picks, {(name, i) for name, ids in picks.items() for i in ids} - keys)
+
+
+def _equal(found: object, expected: object) -> bool:
+    """Equal, of what can be anything."""
+    try:
+        return bool(found == expected)
+    except Exception:
+        return False
 
 
 def _copied(picker: Picker) -> dict[str, Any]:
