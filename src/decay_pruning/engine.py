@@ -206,11 +206,14 @@ class Engine:
 
         What the driver cannot do is said once: an error of ours that leaves it is the end of pruning.
         """
-        before = self.book()
+        before, gradients = self.book(), torch.is_grad_enabled()
         put_back = None if self._driver is None else self._driver.snapshot()
         try:
             part()
         except BaseException as error:
+            torch.set_grad_enabled(
+                gradients
+            )  # torch's own contexts do not survive an interrupt on their way out
             self.restore(before)
             if put_back is not None:
                 put_back()
