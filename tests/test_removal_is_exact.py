@@ -126,7 +126,9 @@ def test_random_networks(model: Chain, dtype: torch.dtype, seed: int) -> None:
 @given(chains())
 def test_verification_accepts_all_layer_groups_of_random_networks(model: Chain) -> None:
     structures = Graph(model.double(), image(2, 3, 4, 4).double()).structures
-    assert set(structures.unprunable) == {"fc2"}, structures.unprunable
+    # a gate of dead units says nothing on these inputs, and is refused with that reason
+    refused = {n: why for n, why in structures.unprunable.items() if "does not react" not in why}
+    assert set(refused) == {"fc2"}, structures.unprunable
 
 
 @pytest.mark.parametrize("name", INEXACT)
