@@ -70,6 +70,12 @@ def consistent(run: Run) -> None:
         assert all(v.shape == p.shape for v in state.values() if isinstance(v, torch.Tensor) and v.ndim)
         for dim, size in enumerate(p.shape):
             assert sizes.get((name, dim), size) == size, f"the pruner takes {name} to have another width"
+    engine, counts = run.pruner.engine, run.pruner.engine.counts
+    held = sum(len(ids) for ids in engine.held.values())
+    assert counts.picked == counts.released + counts.decayed + len(engine.decaying), (
+        "a structure is lost or twice"
+    )
+    assert counts.decayed == counts.removed + held
     assert len(run.optimizer.param_groups[0]["params"]) == len(list(run.model.parameters()))
 
 
