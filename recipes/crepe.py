@@ -149,19 +149,19 @@ class Row(nn.Module):
     """CREPE with time along the rows of an image, with the weights of the package's network, whose names it keeps."""
 
     LAYERS = 6
+    classifier: nn.Linear
 
     def __init__(self, crepe: nn.Module) -> None:
         super().__init__()
         for name, module in crepe.named_children():
             if isinstance(module, nn.Conv2d):
-                turned = nn.Conv2d(
-                    module.in_channels, module.out_channels, module.kernel_size[::-1], module.stride[::-1]
-                )
+                (height, width), (down, right) = module.kernel_size, module.stride
+                turned = nn.Conv2d(module.in_channels, module.out_channels, (width, height), (right, down))
                 turned.weight = nn.Parameter(module.weight.detach().transpose(2, 3))
                 turned.bias = module.bias
                 module = turned
             setattr(self, name, module)
-        self.in_features = self.classifier.in_features
+        self.in_features: int = self.classifier.in_features
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -169,7 +169,8 @@ class Row(nn.Module):
         x = x[:, None, None]
         for i in range(1, self.LAYERS + 1):
             x = F.pad(x, (254, 254) if i == 1 else (31, 32))
-            x = getattr(self, f"conv{i}_BN")(F.relu(getattr(self, f"conv{i}")(x)))
+            conv, norm = self.get_submodule(f"conv{i}"), self.get_submodule(f"conv{i}_BN")
+            x = norm(F.relu(conv(x)))
             x = F.max_pool2d(x, (1, 2))
         # as in the package: the width is an attribute, which has to follow a removal
         x = x.permute(0, 3, 1, 2).reshape(-1, self.in_features)

@@ -11,28 +11,19 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 
 from decay_pruning.checks import Count, NotNegative, OneOf, Whole, at_least, check
 from decay_pruning.errors import ConfigError
 from decay_pruning.graph import Graph
+from decay_pruning.hosts import importance as importances
 from decay_pruning.hosts.base import Goal, Ignored, Picker, Scene
-from decay_pruning.hosts.ranking import MinKept, Scope, choose
+from decay_pruning.hosts.importance import IMPORTANCES, NORMALIZERS, Normalizer, Reduction
+from decay_pruning.hosts.ranking import MinKept, Per, Scope, choose
 from decay_pruning.structures import Picks, Role, StructureSet
 
-Importance = Callable[[Any], Tensor | None]
-ImportanceName = Literal["magnitude", "magnitude-l1", "taylor", "fpgm", "lamp", "random", "bn-scale"]
-
-IMPORTANCES: dict[str, Callable[[], Importance]] = {
-    "magnitude": lambda: tp.importance.GroupMagnitudeImportance(p=2),
-    "magnitude-l1": lambda: tp.importance.GroupMagnitudeImportance(p=1),
-    "taylor": lambda: tp.importance.GroupTaylorImportance(),
-    "fpgm": lambda: tp.importance.FPGMImportance(),
-    "lamp": lambda: tp.importance.LAMPImportance(),
-    "random": lambda: tp.importance.RandomImportance(),
-    "bn-scale": lambda: tp.importance.BNScaleImportance(),
-}
+#: One of `hosts.importance`, or a function of a torch-pruning group that returns one score per channel.
+Importance = importances.Importance | Callable[[Any], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -81,6 +72,9 @@ class DepGraph:
     """
 
     importance: Annotated[str, OneOf(IMPORTANCES)] | Importance = "magnitude"
+    normalizer: Normalizer = "mean"
+    reduction: Reduction = "mean"
+    per: Per = "structure"
     scope: Scope = "global"
     ignored: Ignored = ()
     heads: Mapping[str, Whole] = field(default_factory=dict)
@@ -119,16 +113,34 @@ class _Ranking(Picker):
 
     def pick(self, scene: Scene, goal: Goal) -> Picks:
         host = self._host
-        function = IMPORTANCES[host.importance]() if isinstance(host.importance, str) else host.importance
         if host.importance == "taylor" and all(p.grad is None for p in scene.parameters.values()):
             raise ConfigError(
                 "importance 'taylor' needs gradients: pick inside optimizer.step(), after loss.backward()"
             )
-        return self._choose(scene, scene.graph.scores(function, scene.structures), goal)
+        return self._choose(scene, self._scores(scene), goal)
+
+    def _scores(self, scene: Scene) -> dict[str, Tensor]:
+        host = self._host
+        importance = host.importance
+        if isinstance(importance, str):
+            importance = IMPORTANCES[importance](host.reduction)
+        if not isinstance(importance, importances.Importance):
+            return scene.graph.scores(importance, scene.structures)
+        scores = importances.scores(importance, scene.model, scene.structures)
+        divisor = NORMALIZERS[host.normalizer]
+        return {name: (score / divisor(score)).nan_to_num(nan=0.0) for name, score in scores.items()}
 
     def _choose(self, scene: Scene, scores: Mapping[str, Tensor], goal: Goal) -> Picks:
         host = self._host
-        return choose(scene, scores, goal, scope=host.scope, min_kept=host.min_kept, round_to=host.round_to)
+        return choose(
+            scene,
+            scores,
+            goal,
+            scope=host.scope,
+            per=host.per,
+            min_kept=host.min_kept,
+            round_to=host.round_to,
+        )
 
     def add_gradients(self, scene: Scene, scale: Tensor | None) -> None:
         if self._regulariser is None or scene.step >= scene.start:
