@@ -65,6 +65,14 @@ GRIDS: dict[str, Grid] = {
         for normalizer in ("none", "mean")
         for importance in ("magnitude", "magnitude-l1", "taylor", "fpgm", "lamp", "bn-scale")
     },
+    "ranking-few": {  # those that CREPE leaves to choose from
+        f"{importance}, {normalizer}, per structure": (
+            "single",
+            [f"prune.host.importance={importance}", f"prune.host.normalizer={normalizer}"],
+        )
+        for normalizer in ("none", "mean")
+        for importance in ("magnitude", "magnitude-l1", "taylor", "lamp")
+    },
     "ranking-sum": {  # the same, with layers added up
         f"{importance}, {normalizer}, sum over layers": (
             "single",
@@ -75,7 +83,7 @@ GRIDS: dict[str, Grid] = {
             ],
         )
         for normalizer in ("none", "mean")
-        for importance in ("magnitude", "magnitude-l1", "taylor")
+        for importance in ("magnitude", "magnitude-l1")
     },
     "hard": {  # where one-step pruning costs something: a smaller budget, less training
         f"{arm}, {macs} of the MACs in {epochs} epochs": (
