@@ -142,7 +142,7 @@ class Graph:
 def _say_where(structures: StructureSet, sites: Mapping[str, str]) -> StructureSet:
     """Name the line that splits a width whose removal does not run: there stands a number that does not follow it."""
     told = {
-        name: f"{why}; its width is split by {sites[name]}" if name in sites and "removing a structure fails" in why else why
+        name: f"{why}; its width is split by {sites[name]}" if name in sites else why
         for name, why in structures.unprunable.items()
     }
     return replace(structures, unprunable=told)

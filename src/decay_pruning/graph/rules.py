@@ -189,6 +189,8 @@ def convolution(op: Op) -> Axes:
         w, rows = [w[1], w[0], *w[2:]], 1  # rows first
     op.refuse([*x[2:], *w[2:]], "is slid over by")
     space = [op.fixed(int(n)) for n in op.output.shape[2:]]
+    if rows and groups > 1 and groups == x[1].size:  # transposed depthwise: one dimension is both
+        op.role(w[1], Role.ROW)
     for axis, role in ((w[0], Role.ROW), (w[1], Role.COLUMN)):
         op.role(axis, role)
     if groups == 1:
