@@ -15,8 +15,9 @@ from torch.nn.parameter import is_lazy
 from decay_pruning.errors import ConfigError, GraphError
 from decay_pruning.graph import families, layers
 from decay_pruning.graph._verify import demote, verified
+from decay_pruning.graph.attributes import with_candidates
 from decay_pruning.graph.channels import Channels
-from decay_pruning.graph.trace import trace
+from decay_pruning.graph.trace import Trace, trace
 from decay_pruning.structures import LayerGroup, StructureSet
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class Graph:
         families.choose(found)
         structures, sites = families.assemble(found)
         if verify and structures.groups:
-            structures = verified(model, structures, example_inputs, allow_inexact)
+            structures = _proven(found, structures, example_inputs, allow_inexact)
             structures = _say_where(structures, sites)
         if not allow_inexact:
             structures = demote(structures)
@@ -137,6 +138,31 @@ class Graph:
                 f"{type(importance).__name__} cannot score layer group {group.name!r}: "
                 f"{type(error).__name__}: {error}"
             ) from error
+
+
+def _proven(
+    found: Trace, structures: StructureSet, example_inputs: Any, allow_inexact: bool
+) -> StructureSet:
+    """What passes the trial as it is, and what passes it when attributes follow."""
+    plain = verified(found.model, structures, example_inputs, allow_inexact)
+    failed = {
+        name: group
+        for name, group in structures.groups.items()
+        if name not in plain.groups or plain.groups[name].inexact != group.inexact
+    }
+    tried = with_candidates(found, replace(structures, groups=failed))
+    if not tried.groups:
+        return plain
+    again = verified(found.model, tried, example_inputs, allow_inexact)
+    passed = {name: g for name, g in again.groups.items() if g.inexact == failed[name].inexact}
+    groups = {
+        name: passed.get(name, plain.groups.get(name)) for name in structures.groups
+    }
+    return StructureSet(
+        groups={name: group for name, group in groups.items() if group is not None},
+        sizes=tried.sizes,
+        unprunable={name: why for name, why in plain.unprunable.items() if name not in passed},
+    )
 
 
 def _say_where(structures: StructureSet, sites: Mapping[str, str]) -> StructureSet:

@@ -27,7 +27,7 @@ from decay_pruning.graph.axes import (
     product,
     split,
 )
-from decay_pruning.graph.trace import OPERATION, UNIT, Axes, Op, Rule, at, site
+from decay_pruning.graph.trace import OPERATION, UNIT, Axes, Op, Rule, at, by_hand, site
 from decay_pruning.structures import Role
 
 RULES: dict[str, Rule] = {}
@@ -395,6 +395,8 @@ def regroup(op: Op, before: Axes, shape: Sequence[int]) -> Axes:
             else:
                 sizes.append(todo.pop(0))
         if len(sizes) == len(taken) == 1:
+            if by_hand():
+                mark(op, taken)  # the size may stand in the code as a number
             out += taken
             continue
         rest = product(*taken)

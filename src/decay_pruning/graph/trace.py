@@ -47,6 +47,14 @@ def site() -> str | None:
     return None
 
 
+def by_hand() -> bool:
+    """Whether the user's own code asked for the operation that is running, not a layer or function of torch."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_HERE):
+        frame = frame.f_back
+    return not frame.f_code.co_filename.startswith(_TORCH)
+
+
 @dataclass
 class Dim:
     """One dimension of a parameter or buffer."""
