@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from decay_pruning.graph.axes import Axis, factors, layout, product, terms
+from decay_pruning.graph.axes import Axis, factors, layout, leaves, product, terms
 from decay_pruning.graph.trace import Trace
 from decay_pruning.structures import Coupling, LayerGroup, Place, Role, StructureSet
 
@@ -41,6 +41,7 @@ def _candidates(
     trace: Trace, group: LayerGroup, axes: Mapping[Place, Axis], structures: StructureSet
 ) -> Iterator[tuple[Place, Axis]]:
     """Attributes of own modules, and the axis of this layer group in the same module that is as long."""
+    atom = _atom(group, axes)
     for module, name in trace.modules.items():
         if type(module).__module__.startswith("torch.nn.modules") and not isinstance(module, nn.Unflatten):
             continue
@@ -49,7 +50,8 @@ def _candidates(
         for c in group.couplings:
             if c.tensor.startswith(prefix):
                 for axis in (axes[c.place], *_parts(axes[c.place])):
-                    lengths.setdefault(axis.size, axis)
+                    if axis.size not in lengths and any(found is atom for found in leaves(axis)):
+                        lengths[axis.size] = axis
         if lengths:
             for leaf, d, value in _integers(module):
                 if value in lengths:
@@ -66,6 +68,7 @@ def _parts(axis: Axis) -> Iterator[Axis]:
         for k in range(1, len(parts)):
             yield product(*parts[k:])
             yield product(*parts[:k])
+        yield from parts
 
 
 def _integers(module: nn.Module) -> Iterator[tuple[str, int, int]]:

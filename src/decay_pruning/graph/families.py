@@ -28,7 +28,7 @@ from decay_pruning.graph.axes import (
     terms,
 )
 from decay_pruning.graph.axes import reason as strongest
-from decay_pruning.graph.trace import IGNORED, OPERATION, Dim, Trace
+from decay_pruning.graph.trace import CROSSING, IGNORED, OPERATION, Dim, Trace
 from decay_pruning.structures import Coupling, LayerGroup, Place, Role, StructureSet
 
 HINT = "; if these are attention heads, give their number in heads={layer: number}"
@@ -104,14 +104,11 @@ def choose(trace: Trace) -> None:
             fix(a, Reason(OPERATION, f"meets itself{_at(a)}"))
         elif a.reason is None and b.reason is None and (a.count or b.count):
             fix(a if a.count else b, Reason(OPERATION, f"counts equal parts{_at(a)}"))
-    crossing = [(a, b) for a, b in pairs.values() if a.reason is None and b.reason is None]
-    for a, b in crossing:
-        if a.head or b.head:
-            where = _at(a) or _at(b)
-            for atom in (a, b):
-                fix(atom, Reason(OPERATION, f"is seen as {a.size} × {b.size}{where}{HINT}"))
-        elif a.reason is None and b.reason is None:
-            fix(a, Reason(OPERATION, f"counts equal parts{_at(a)}"))
+    for a, b in pairs.values():
+        if a.reason is None and b.reason is None:
+            # whole heads; otherwise what the outer one counts
+            less = b if a.head else a
+            fix(less, Reason(CROSSING, f"is seen as {a.size} × {b.size}{_at(a) or _at(b)}"))
 
 
 def _at(atom: Atom) -> str:
@@ -188,6 +185,8 @@ def assemble(trace: Trace) -> tuple[StructureSet, dict[str, str]]:
             if family.produced:
                 refused.append((names, why, family.produced))
             continue
+        if not family.produced:  # what no layer makes is no width of the model's own
+            continue
         name = next((n for n in names if n not in groups), None)
         if name is None:
             first = min(int(positions[0].min()) for _, _, positions in family.places.values())
@@ -195,7 +194,7 @@ def assemble(trace: Trace) -> tuple[StructureSet, dict[str, str]]:
         couplings = family.couplings()
         groups[name] = LayerGroup(name, torch.arange(family.atom.size), couplings, family.atom.mixed)
         if family.atom.site:
-            sites[name] = family.atom.site
+            sites[name] = family.atom.site + (HINT if family.atom.head else "")
     order = {name: k for k, name in enumerate(dict.fromkeys([*trace.modules.values(), *groups]))}
     groups = {name: groups[name] for name in sorted(groups, key=order.__getitem__)}
     unprunable: dict[str, str] = {}

@@ -31,13 +31,15 @@ class Layer:
     def axis(self, leaf: str, d: int) -> Axis | None:
         """The axis of a parameter's dimension; tied parameters have one name."""
         dim = self.trace.dims.get((self.path(leaf), d))
-        if dim is None:
-            value = self.module
-            for part in leaf.split("."):
-                value = getattr(value, part, None)
-            known = self.trace._tensors.get(id(value))
-            return known[1][d] if known else None
-        return dim.axis
+        if dim is not None:
+            return dim.axis
+        *path, last = leaf.split(".")
+        owner = self.module
+        for part in path:
+            owner = owner._modules[part]
+        # never by getattr: a parametrized weight would be computed anew, and its power iteration go on
+        known = self.trace._tensors.get(id(owner._parameters.get(last)))
+        return known[1][d] if known else None
 
     def role(self, leaf: str, *roles: Role) -> None:
         for d, role in enumerate(roles):

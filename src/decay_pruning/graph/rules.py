@@ -92,7 +92,7 @@ def elementwise(op: Op) -> Axes:
                 out[-1 - d] = axis
                 continue
             op.tie(mine, axis)
-            if op.trace.is_place(axis) and not op.trace.is_place(mine):
+            if op.trace.is_parameter(axis) and not op.trace.is_parameter(mine):
                 out[-1 - d] = axis
     return [op.fixed(int(n)) if axis is None else axis for axis, n in zip(out, op.output.shape, strict=True)]
 
@@ -552,7 +552,8 @@ def select(op: Op) -> Axes:
         op.refuse(x, "is read by position in")
         return [op.fixed(int(n)) for n in op.output.shape]
     d = op["dim"] % len(x)
-    op.refuse([x[d]], "is read by position in")
+    if not is_fixed(x[d]):
+        fix(x[d], Reason(UNIT, f"is read by position in {op.name}{at(site())}"))
     return [*x[:d], *x[d + 1 :]]
 
 

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 Axes = list[Axis]
 
 #: Ranks of reasons: of several, the user is told the last.
-UNIT, CONSTANT, INPUT, OPERATION, OUTPUT, IGNORED = range(6)
+UNIT, CONSTANT, INPUT, CROSSING, OPERATION, OUTPUT, IGNORED = range(7)
 _TORCH = os.path.dirname(torch.__file__)
 _HERE = os.path.dirname(__file__)
 
@@ -78,6 +78,7 @@ class Trace:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.modules = {module: name for name, module in model.named_modules()}
+        self.parameters = {name for name, _ in model.named_parameters()}
         self.dims: dict[Place, Dim] = {}
         self.attributes: dict[Place, Axis] = {}
         self.groups: dict[nn.Module, Axis] = {}
@@ -111,6 +112,11 @@ class Trace:
     def is_place(self, axis: Axis) -> bool:
         """Whether this is the axis of a parameter or buffer itself."""
         return id(axis) in self._of_axis
+
+    def is_parameter(self, axis: Axis) -> bool:
+        """Whether this is the axis of a parameter itself."""
+        dim = self._of_axis.get(id(axis))
+        return dim is not None and dim.place[0] in self.parameters
 
     def run(self, example_inputs: Any, *, training: bool = False) -> None:
         """Run the model once and take note.
