@@ -304,9 +304,29 @@ def test_what_cannot_be_cut_is_found_out(run: Any) -> None:
     assert all(torch.equal(a, before[n]) for n, a in model.state_dict().items())
 
 
-def test_attention_without_heads_gets_a_hint() -> None:
-    found = reasons(*make("vit"))
-    assert "give their number in heads={layer: number}" in found["blocks.0.attn.qkv"]
+def test_whole_heads_are_structures_where_the_model_follows() -> None:
+    """The number of heads is an attribute of the user's own module, found by trying."""
+    model, x = make("vit", torch.float64)
+    structures = Graph(model, x).structures
+    assert {name: len(group) for name, group in structures.groups.items() if "attn" in name} == {
+        "blocks.0.attn.qkv": 3,
+        "blocks.1.attn.qkv": 3,
+    }
+    surgery.remove(model, structures, {"blocks.0.attn.qkv": [1]}, example_inputs=x)
+    attention = model.blocks[0].attn
+    assert (attention.heads, attention.qkv.out_features, attention.proj.in_features) == (2, 24, 8)
+    assert model.blocks[1].attn.heads == 3
+
+
+def test_heads_that_stand_in_the_code_as_numbers_get_a_hint() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        q, k, v = m.qkv(x).view(2, 6, 3, 3, 4).permute(2, 0, 3, 1, 4)
+        return m.out(((q @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2).reshape(2, 6, 12))
+
+    model = Net(run, enter=nn.Linear(5, 5), qkv=nn.Linear(5, 36), out=nn.Linear(12, 2))
+    found = reasons(model, image(2, 6, 5))["qkv"]
+    assert "its width is split by view (test_graph.py:" in found
+    assert "give their number in heads={layer: number}" in found
 
 
 @pytest.mark.parametrize("name", INEXACT)

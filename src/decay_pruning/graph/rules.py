@@ -75,7 +75,7 @@ def mark(op: Op, axes: Sequence[Axis]) -> None:
 @rule(
     "alias", "detach", "clone", "_to_copy", "contiguous", "copy", "native_dropout", "bernoulli", "fill", "zero",
     "zeros_like", "ones_like", "empty_like", "rand_like", "randn_like", "full_like", "normal", "uniform", "dropout",
-    "masked_fill", "where", "_prelu_kernel", "lerp", "_to_dense", "lift", "to", "resolve_conj", "_conj", "real", "imag",
+    "masked_fill", "where", "_prelu_kernel", "lerp", "_to_dense", "lift", "lift_fresh", "lift_fresh_copy", "to", "resolve_conj", "_conj", "real", "imag",
     "exponential", "rrelu_with_noise", "_fused_dropout", "polar", "complex", "new_zeros", "new_ones", "new_full",
 )  # fmt: skip
 def elementwise(op: Op) -> Axes:
@@ -176,7 +176,7 @@ def attention(op: Op) -> list[Axes]:
     op.trace.heads.append(q[-3])
     op.tie(k[-2], v[-2])
     op.tie(q[-1], k[-1])
-    if op.get("scale") is None:
+    if op.get("scale") is None and not isinstance(op.module, nn.MultiheadAttention):  # that one is in `layers`
         mix(op, [q[-1]], "{} scales its scores by the head width")
     return [[*q[:-1], v[-1]]]
 
