@@ -140,9 +140,7 @@ class Graph:
             ) from error
 
 
-def _proven(
-    found: Trace, structures: StructureSet, example_inputs: Any, allow_inexact: bool
-) -> StructureSet:
+def _proven(found: Trace, structures: StructureSet, example_inputs: Any, allow_inexact: bool) -> StructureSet:
     """What passes the trial as it is, and what passes it when attributes follow."""
     plain = verified(found.model, structures, example_inputs, allow_inexact)
     failed = {
@@ -155,9 +153,7 @@ def _proven(
         return plain
     again = verified(found.model, tried, example_inputs, allow_inexact)
     passed = {name: g for name, g in again.groups.items() if g.inexact == failed[name].inexact}
-    groups = {
-        name: passed.get(name, plain.groups.get(name)) for name in structures.groups
-    }
+    groups = {name: passed.get(name, plain.groups.get(name)) for name in structures.groups}
     return StructureSet(
         groups={name: group for name, group in groups.items() if group is not None},
         sizes=tried.sizes,

@@ -98,7 +98,9 @@ def _coupling(place: Place, axis: Axis, group: LayerGroup, axes: Mapping[Place, 
     atom = _atom(group, axes)
     for found, owner, position in layout(axis):
         if found is atom:
-            return Coupling(*place, Role.ATTRIBUTE, torch.from_numpy(owner.copy()), torch.from_numpy(position.copy()))
+            return Coupling(
+                *place, Role.ATTRIBUTE, torch.from_numpy(owner.copy()), torch.from_numpy(position.copy())
+            )
     return None
 
 

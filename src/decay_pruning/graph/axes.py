@@ -313,7 +313,9 @@ def layout(axis: Axis) -> list[tuple[Atom, Indices, Indices]]:
         after = np.arange(inner, dtype=np.int64)[None, None, :]
         for atom, owner, position in layout(factor):
             every = (before + position[None, :, None] * inner + after).reshape(-1)
-            found.append((atom, np.broadcast_to(owner[None, :, None], (outer, owner.size, inner)).reshape(-1), every))
+            found.append(
+                (atom, np.broadcast_to(owner[None, :, None], (outer, owner.size, inner)).reshape(-1), every)
+            )
         outer *= factor.size
     return found
 

@@ -39,7 +39,9 @@ def owner_of(tensor: str) -> str:
     """The layer that a parameter belongs to, also where it is behind a parametrization."""
     head, _, leaf = tensor.rpartition(".")
     head = head.split("parametrizations.")[0].rstrip(".")
-    plain = leaf.startswith(("weight", "bias", "in_proj", "original", "q_proj_weight", "k_proj_weight", "v_proj_weight"))
+    plain = leaf.startswith(
+        ("weight", "bias", "in_proj", "original", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+    )
     return head if plain and head else tensor
 
 
@@ -164,7 +166,7 @@ def assemble(trace: Trace) -> tuple[StructureSet, dict[str, str]]:
     parameters = dict(trace.model.named_parameters())
     families: dict[int, _Family] = {}
     sizes: dict[Place, int] = {}
-    spots = [(dim.place, dim.axis, _role(dim, parameters)) for dim in trace.dims.values()]
+    spots: list[tuple[Place, Axis, Role]] = [(dim.place, dim.axis, _role(dim, parameters)) for dim in trace.dims.values()]
     spots += [(place, axis, Role.ATTRIBUTE) for place, axis in trace.attributes.items()]
     for place, axis, role in spots:
         sizes[place] = axis.size

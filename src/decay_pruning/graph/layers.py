@@ -60,8 +60,12 @@ def _conv(layer: Layer) -> None:
     m, d = layer.module, -1 - len(layer.module.kernel_size)
     rows = int(m.transposed)
     one = m.groups == 1
-    layer.attribute("in_channels", layer.at(layer.input, d) or (layer.axis("weight", 1 - rows) if one else None))
-    layer.attribute("out_channels", layer.at(layer.output, d) or (layer.axis("weight", rows) if one else None))
+    layer.attribute(
+        "in_channels", layer.at(layer.input, d) or (layer.axis("weight", 1 - rows) if one else None)
+    )
+    layer.attribute(
+        "out_channels", layer.at(layer.output, d) or (layer.axis("weight", rows) if one else None)
+    )
     if m.groups > 1:
         layer.attribute("groups", layer.trace.groups.get(m))
 
@@ -72,13 +76,17 @@ def _linear(layer: Layer) -> None:
 
 
 def _batch_norm(layer: Layer) -> None:
-    layer.attribute("num_features", layer.axis("weight", 0) or layer.axis("running_mean", 0) or layer.at(layer.input, 1))
+    layer.attribute(
+        "num_features", layer.axis("weight", 0) or layer.axis("running_mean", 0) or layer.at(layer.input, 1)
+    )
 
 
 def _layer_norm(layer: Layer) -> None:
     shape = layer.module.normalized_shape
     for d in range(len(shape)):
-        layer.attribute("normalized_shape", layer.axis("weight", d) or layer.at(layer.input, d - len(shape)), d)
+        layer.attribute(
+            "normalized_shape", layer.axis("weight", d) or layer.at(layer.input, d - len(shape)), d
+        )
 
 
 def _rms_norm(layer: Layer) -> None:

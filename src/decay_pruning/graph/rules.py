@@ -168,15 +168,17 @@ def distances(op: Op) -> Axes:
 def attention(op: Op) -> list[Axes]:
     q, k, v = op.axes("query"), op.axes("key"), op.axes("value")
     for a, b, c in zip(q[:-2], k[:-2], v[:-2], strict=True):
-        if a.size == b.size == c.size:
-            op.tie(a, b)
-            op.tie(a, c)
-        elif a.size != 1:
+        op.tie(b, c)
+        try:  # several heads of queries can share one of keys and values
+            op.tie(divide(a, b.size)[0], b)
+        except Misaligned:
             op.refuse([a, b, c], "is shared between heads by")
-    op.trace.heads.append(q[-3])
+        op.trace.heads.append(a)
     op.tie(k[-2], v[-2])
     op.tie(q[-1], k[-1])
-    if op.get("scale") is None and not isinstance(op.module, nn.MultiheadAttention):  # that one is in `layers`
+    if op.get("scale") is None and not isinstance(
+        op.module, nn.MultiheadAttention
+    ):  # that one is in `layers`
         mix(op, [q[-1]], "{} scales its scores by the head width")
     return [[*q[:-1], v[-1]]]
 
@@ -329,10 +331,9 @@ _MEANS = {"mean", "var", "std", "var_mean", "std_mean"}
 
 @rule("sum", "nansum", "linalg_vector_norm", "norm", "any", "count_nonzero", "mean", "var", "std", "var_mean", "std_mean",
       "amax", "amin", "max", "min", "prod", "logsumexp", "argmax", "argmin", "all", "median", "aminmax", "mode")  # fmt: skip
-def reduction(op: Op) -> Axes:
-    first = op.inputs[0]
-    x = op.axes(first)
-    if len(op.inputs) > 1 and op.name in ("max", "min"):
+def reduction(op: Op) -> Axes | list[Axes]:
+    x = op.axes(op.inputs[0])
+    if len(op.inputs) > 1:  # the larger of two
         return elementwise(op)
     over = dims(op.get("dim"), len(x))
     along = [x[d] for d in over]
@@ -345,7 +346,19 @@ def reduction(op: Op) -> Axes:
     return [axis for d, axis in enumerate(x) if d not in over]
 
 
-@rule("_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "flip", "roll", "sort", "cummax", "cummin", "argsort")
+@rule(
+    "_softmax",
+    "_log_softmax",
+    "cumsum",
+    "cumprod",
+    "logcumsumexp",
+    "flip",
+    "roll",
+    "sort",
+    "cummax",
+    "cummin",
+    "argsort",
+)
 def along_dimension(op: Op) -> Axes:
     x = op.axes(op.inputs[0])
     over = dims(op.get("dim", op.get("dims")), len(x))
@@ -501,7 +514,9 @@ def stack(op: Op) -> Axes:
     return out
 
 
-@rule("split", "unsafe_split", "split_with_sizes", "unsafe_split_with_sizes", "chunk", "split_with_sizes_copy")
+@rule(
+    "split", "unsafe_split", "split_with_sizes", "unsafe_split_with_sizes", "chunk", "split_with_sizes_copy"
+)
 def split_parts(op: Op) -> list[Axes]:
     x = op.axes("self")
     d = op["dim"] % len(x)

@@ -97,7 +97,9 @@ class Trace:
 
     def name(self, module: nn.Module | None) -> str:
         """Class and name of a module, in words for the user."""
-        return f"{type(module).__name__} {self.modules.get(module, '')!r}" if module is not None else "the model"
+        return (
+            f"{type(module).__name__} {self.modules.get(module, '')!r}" if module is not None else "the model"
+        )
 
     def note_role(self, axis: Axis, role: Role) -> None:
         """Say what the slices along the parameter dimensions in an axis do, unless that is known."""
@@ -371,7 +373,7 @@ class Op:
             self.refuse(every, "goes through an operation without a rule,", name=str(self.function))
             return [[self.fixed(int(n)) for n in t.shape] for t in self.outputs]
         found = rule(self)
-        lists: list[Axes] = found if found and isinstance(found[0], list) else [found] * len(self.outputs)  # type: ignore[list-item, assignment]
+        lists: list[Axes] = found if found and isinstance(found[0], list) else [found] * len(self.outputs)  # type: ignore[list-item]
         lists = lists + [[]] * (len(self.outputs) - len(lists))
         return [
             axes if [a.size for a in axes] == list(t.shape) else [self.fixed(int(n)) for n in t.shape]

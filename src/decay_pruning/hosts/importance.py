@@ -35,7 +35,8 @@ class _OverLayers(Importance):
         values = [
             value
             for coupling, module, tensor in _layers(model, group)
-            if coupling.role in self.roles and (value := self.of_layer(group, coupling, module, tensor)) is not None
+            if coupling.role in self.roles
+            and (value := self.of_layer(group, coupling, module, tensor)) is not None
         ]
         if not values:
             return None
