@@ -18,16 +18,51 @@ import time
 from pathlib import Path
 from typing import Any
 
-TORCHVISION = (
-    "resnet18 resnet50 resnext50_32x4d densenet121 mobilenet_v2 mobilenet_v3_large efficientnet_b0 regnet_y_400mf "
-    "convnext_tiny shufflenet_v2_x1_0 mnasnet1_0 vgg16_bn squeezenet1_1 googlenet inception_v3 vit_b_16 swin_t"
-).split()
-TIMM = (
-    "efficientnet_b0 convnext_atto ghostnet_100 repvgg_a0 hrnet_w18_small mobilevit_s poolformer_s12 edgenext_xx_small "
-    "regnety_004 resnetv2_50 resnetv2_50x1_bit mobilenetv4_conv_small fastvit_t8 cspdarknet53 resnest14d nf_resnet26 rexnet_100 "
-    "vit_tiny_patch16_224 deit_tiny_distilled_patch16_224 swin_tiny_patch4_window7_224 eva02_tiny_patch14_224 mixer_s32_224 "
-    "efficientformer_l1 resmlp_12_224"
-).split()
+TORCHVISION = [
+    "resnet18",
+    "resnet50",
+    "resnext50_32x4d",
+    "densenet121",
+    "mobilenet_v2",
+    "mobilenet_v3_large",
+    "efficientnet_b0",
+    "regnet_y_400mf",
+    "convnext_tiny",
+    "shufflenet_v2_x1_0",
+    "mnasnet1_0",
+    "vgg16_bn",
+    "squeezenet1_1",
+    "googlenet",
+    "inception_v3",
+    "vit_b_16",
+    "swin_t",
+]
+TIMM = [
+    "efficientnet_b0",
+    "convnext_atto",
+    "ghostnet_100",
+    "repvgg_a0",
+    "hrnet_w18_small",
+    "mobilevit_s",
+    "poolformer_s12",
+    "edgenext_xx_small",
+    "regnety_004",
+    "resnetv2_50",
+    "resnetv2_50x1_bit",
+    "mobilenetv4_conv_small",
+    "fastvit_t8",
+    "cspdarknet53",
+    "resnest14d",
+    "nf_resnet26",
+    "rexnet_100",
+    "vit_tiny_patch16_224",
+    "deit_tiny_distilled_patch16_224",
+    "swin_tiny_patch4_window7_224",
+    "eva02_tiny_patch14_224",
+    "mixer_s32_224",
+    "efficientformer_l1",
+    "resmlp_12_224",
+]
 #: Name → (config class, model class, settings) of transformers.
 _SMALL = dict(
     vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128
@@ -37,7 +72,19 @@ TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bert": ("BertConfig", "BertForSequenceClassification", _SMALL),
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", dict(vocab_size=64, n_embd=64, n_layer=2, n_head=4)),
     "gptneox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", _SMALL),
-    "opt": ("OPTConfig", "OPTForCausalLM", dict(vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, ffn_dim=128, word_embed_proj_dim=64, max_position_embeddings=64)),
+    "opt": (
+        "OPTConfig",
+        "OPTForCausalLM",
+        dict(
+            vocab_size=64,
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            ffn_dim=128,
+            word_embed_proj_dim=64,
+            max_position_embeddings=64,
+        ),
+    ),
     "llama": ("LlamaConfig", "LlamaForCausalLM", _GQA),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", _GQA),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", _GQA | dict(head_dim=16)),
@@ -45,9 +92,17 @@ TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", _GQA | dict(head_dim=16)),
     "phi3": ("Phi3Config", "Phi3ForCausalLM", _GQA | dict(pad_token_id=0)),
     "mixtral": ("MixtralConfig", "MixtralForCausalLM", _GQA | dict(num_local_experts=4)),
-    "mamba": ("MambaConfig", "MambaForCausalLM", dict(vocab_size=64, hidden_size=64, state_size=8, num_hidden_layers=2)),
-    "t5": ("T5Config", "T5ForConditionalGeneration", dict(vocab_size=64, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)),
-}  # fmt: skip
+    "mamba": (
+        "MambaConfig",
+        "MambaForCausalLM",
+        dict(vocab_size=64, hidden_size=64, state_size=8, num_hidden_layers=2),
+    ),
+    "t5": (
+        "T5Config",
+        "T5ForConditionalGeneration",
+        dict(vocab_size=64, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4),
+    ),
+}
 
 
 def build(name: str) -> tuple[Any, Any]:
@@ -139,13 +194,15 @@ def main() -> None:
         except subprocess.TimeoutExpired:
             results[name] = {"error": f"not done in {options.limit:.0f} s"}
         one = results[name]
-        print(
-            f"{name:40}" + one["error"][:200]
-            if "error" in one
-            else f"{name:40} forward {one['forward']:.2f} s, traced {one['traced']:.2f}, searched {one['searched']:.2f}; "
-            f"{one['groups']} layer groups, {len(one['unprunable'])} refused; least {one['least']:.0%}; removed: {one['removed']}",
-            flush=True,
-        )
+        if "error" in one:
+            print(f"{name:40} {one['error'][:200]}", flush=True)
+        else:
+            seconds = ", ".join(f"{key} {one[key]:.2f}" for key in ("forward", "traced", "searched"))
+            counts = f"{one['groups']} layer groups, {len(one['unprunable'])} refused"
+            print(
+                f"{name:40} {seconds} s; {counts}; least {one['least']:.0%}; removed: {one['removed']}",
+                flush=True,
+            )
         if options.out:
             options.out.write_text(json.dumps(results, indent=1) + "\n")
 

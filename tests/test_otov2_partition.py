@@ -247,7 +247,8 @@ CASES: dict[str, tuple[Callable[[], tuple[nn.Module, Any]], dict[str, Any], Foun
         apart, {"heads": {"q": 3}}, Found({"enter": 12, "q": 4, "v": 4}, {"out": "feeds the model's output"})
     ),
     "attention of three layers, all named": (
-        apart, {"heads": {"q": 3, "k": 3, "v": 3}}, Found({"enter": 12, "q": 4, "v": 4}, {"out": "feeds the model's output"})
+        apart, {"heads": {"q": 3, "k": 3, "v": 3}},
+        Found({"enter": 12, "q": 4, "v": 4}, {"out": "feeds the model's output"}),
     ),
     "attention scaled by its width": (
         by_width, {"heads": {"blocks.0.attn.qkv": 3}},

@@ -1,4 +1,4 @@
-"""Operation rules: small networks, one for each kind of operator, are cut as one would by hand, or refused with the reason.
+"""Operation rules: small networks, one for each kind of operator, are cut as by hand, or refused with the reason.
 
 A new rule gets one line here.
 """
@@ -81,50 +81,148 @@ CUT: dict[str, tuple[Build, dict[str, int]]] = {
     "own linear": (net(lambda m, x: m.b(m.a(x).relu()), T, a=Own(6, 8), b=nn.Linear(8, 2)), {"a": 8}),
     "view by an attribute": (lambda: (Flat().double(), X.double()), {"conv": 6}),
     "einsum": (
-        net(lambda m, x: m.b(torch.einsum("bchw,cd->bdhw", m.a(x), m.w)), X, a=conv(3, 5), w=nn.Parameter(torch.randn(5, 4)), b=conv(4, 2)),
+        net(
+            lambda m, x: m.b(torch.einsum("bchw,cd->bdhw", m.a(x), m.w)),
+            X,
+            a=conv(3, 5),
+            w=nn.Parameter(torch.randn(5, 4)),
+            b=conv(4, 2),
+        ),
         {"a": 5, "w": 4},
     ),
     "functional convolution": (
-        net(lambda m, x: m.b(F.conv2d(m.a(x), m.w)), X, a=conv(3, 5), w=nn.Parameter(torch.randn(4, 5, 3, 3)), b=conv(4, 2)),
+        net(
+            lambda m, x: m.b(F.conv2d(m.a(x), m.w)),
+            X,
+            a=conv(3, 5),
+            w=nn.Parameter(torch.randn(4, 5, 3, 3)),
+            b=conv(4, 2),
+        ),
         {"a": 5, "w": 4},
     ),
-    "pixel shuffle": (net(lambda m, x: m.b(F.pixel_shuffle(m.a(x), 2)), X, a=conv(3, 12), b=conv(3, 2)), {"a": 3}),
-    "pixel unshuffle": (net(lambda m, x: m.b(F.pixel_unshuffle(m.a(x), 2)), X, a=conv(3, 4), b=conv(16, 2)), {"a": 4}),
-    "channel shuffle": (
-        net(lambda m, x: m.c(F.channel_shuffle(torch.cat([m.a(x), m.b(x)], 1), 2)), X, a=conv(3, 4), b=conv(3, 4), c=conv(8, 2)),
+    "pixel shuffle": (
+        net(lambda m, x: m.b(F.pixel_shuffle(m.a(x), 2)), X, a=conv(3, 12), b=conv(3, 2)),
+        {"a": 3},
+    ),
+    "pixel unshuffle": (
+        net(lambda m, x: m.b(F.pixel_unshuffle(m.a(x), 2)), X, a=conv(3, 4), b=conv(16, 2)),
         {"a": 4},
     ),
-    "unfold": (net(lambda m, x: m.b(F.unfold(m.a(x), 2).transpose(1, 2)), X, a=conv(3, 5), b=nn.Linear(20, 2)), {"a": 5}),
-    "gated unit": (net(lambda m, x: m.b(F.glu(m.a(x), -1)), T, a=nn.Linear(6, 10), b=nn.Linear(5, 2)), {"a": 5}),
-    "negative slice": (net(lambda m, x: m.b(m.a(x)[:, -3:]), X, a=conv(3, 8), b=conv(3, 2)), {"a": 5}),
-    "stack and sum": (
-        net(lambda m, x: m.c(torch.stack([m.a(x), m.b(x)]).sum(0)), X, a=conv(3, 5), b=conv(3, 5), c=conv(5, 2)), {"a": 5}
+    "channel shuffle": (
+        net(
+            lambda m, x: m.c(F.channel_shuffle(torch.cat([m.a(x), m.b(x)], 1), 2)),
+            X,
+            a=conv(3, 4),
+            b=conv(3, 4),
+            c=conv(8, 2),
+        ),
+        {"a": 4},
     ),
-    "expanded queries": (
-        net(lambda m, x: m.b(m.a(x) + m.q.expand(len(x), -1, -1)), T, a=nn.Linear(6, 5), b=nn.Linear(5, 2), q=nn.Parameter(torch.randn(1, 5, 5))),
+    "unfold": (
+        net(lambda m, x: m.b(F.unfold(m.a(x), 2).transpose(1, 2)), X, a=conv(3, 5), b=nn.Linear(20, 2)),
         {"a": 5},
     ),
-    "in place": (net(lambda m, x: m.c(m.a(x).relu_().add_(m.b(x)).mul_(2)), T, a=nn.Linear(6, 5), b=nn.Linear(6, 5), c=nn.Linear(5, 2)), {"a": 5}),
-    "roll on space": (net(lambda m, x: m.b(m.a(x).roll((1, 1), (2, 3))), X, a=conv(3, 5), b=conv(5, 2)), {"a": 5}),
-    "index on tokens": (net(lambda m, x: m.b(m.a(x)[:, [2, 0]]), T, a=nn.Linear(6, 5), b=nn.Linear(5, 2)), {"a": 5}),
-    "interpolation": (net(lambda m, x: m.b(F.interpolate(m.a(x), scale_factor=2)), X, a=conv(3, 5), b=conv(5, 2)), {"a": 5}),
+    "gated unit": (
+        net(lambda m, x: m.b(F.glu(m.a(x), -1)), T, a=nn.Linear(6, 10), b=nn.Linear(5, 2)),
+        {"a": 5},
+    ),
+    "negative slice": (net(lambda m, x: m.b(m.a(x)[:, -3:]), X, a=conv(3, 8), b=conv(3, 2)), {"a": 5}),
+    "stack and sum": (
+        net(
+            lambda m, x: m.c(torch.stack([m.a(x), m.b(x)]).sum(0)),
+            X,
+            a=conv(3, 5),
+            b=conv(3, 5),
+            c=conv(5, 2),
+        ),
+        {"a": 5},
+    ),
+    "expanded queries": (
+        net(
+            lambda m, x: m.b(m.a(x) + m.q.expand(len(x), -1, -1)),
+            T,
+            a=nn.Linear(6, 5),
+            b=nn.Linear(5, 2),
+            q=nn.Parameter(torch.randn(1, 5, 5)),
+        ),
+        {"a": 5},
+    ),
+    "in place": (
+        net(
+            lambda m, x: m.c(m.a(x).relu_().add_(m.b(x)).mul_(2)),
+            T,
+            a=nn.Linear(6, 5),
+            b=nn.Linear(6, 5),
+            c=nn.Linear(5, 2),
+        ),
+        {"a": 5},
+    ),
+    "roll on space": (
+        net(lambda m, x: m.b(m.a(x).roll((1, 1), (2, 3))), X, a=conv(3, 5), b=conv(5, 2)),
+        {"a": 5},
+    ),
+    "index on tokens": (
+        net(lambda m, x: m.b(m.a(x)[:, [2, 0]]), T, a=nn.Linear(6, 5), b=nn.Linear(5, 2)),
+        {"a": 5},
+    ),
+    "interpolation": (
+        net(lambda m, x: m.b(F.interpolate(m.a(x), scale_factor=2)), X, a=conv(3, 5), b=conv(5, 2)),
+        {"a": 5},
+    ),
     "scale that starts at zero": (
-        net(lambda m, x: m.c(m.a(x) + m.s * m.b(x)), T, a=nn.Linear(6, 5), b=nn.Linear(6, 5), c=nn.Linear(5, 2), s=nn.Parameter(torch.zeros(1))),
+        net(
+            lambda m, x: m.c(m.a(x) + m.s * m.b(x)),
+            T,
+            a=nn.Linear(6, 5),
+            b=nn.Linear(6, 5),
+            c=nn.Linear(5, 2),
+            s=nn.Parameter(torch.zeros(1)),
+        ),
         {"a": 5},
     ),
     "low rank beside": (
-        net(lambda m, x: m.out(m.base(x) + m.up(m.down(x))), T, base=nn.Linear(6, 5), down=nn.Linear(6, 3), up=nn.Linear(3, 5), out=nn.Linear(5, 2)),
+        net(
+            lambda m, x: m.out(m.base(x) + m.up(m.down(x))),
+            T,
+            base=nn.Linear(6, 5),
+            down=nn.Linear(6, 3),
+            up=nn.Linear(3, 5),
+            out=nn.Linear(5, 2),
+        ),
         {"base": 5, "down": 3},
     ),
-    "whole heads by their width": (lambda: (nn.Sequential(Loose(4, 1), nn.Linear(6, 2)).double(), T.double()), {"0.q": 4, "0.o": 6}),
-    "key heads with their queries": (lambda: (nn.Sequential(Loose(2, 3), nn.Linear(6, 2)).double(), T.double()), {"0.q": 2, "0.o": 6}),
+    "whole heads by their width": (
+        lambda: (nn.Sequential(Loose(4, 1), nn.Linear(6, 2)).double(), T.double()),
+        {"0.q": 4, "0.o": 6},
+    ),
+    "key heads with their queries": (
+        lambda: (nn.Sequential(Loose(2, 3), nn.Linear(6, 2)).double(), T.double()),
+        {"0.q": 2, "0.o": 6},
+    ),
     "relative bias table": (
-        net(lambda m, x: m.b((m.a(x) + m.t[torch.tensor([0, 2, 2, 6, 1])]).relu()), T, a=nn.Linear(6, 5), b=nn.Linear(5, 2), t=nn.Parameter(torch.randn(7, 5))),
+        net(
+            lambda m, x: m.b((m.a(x) + m.t[torch.tensor([0, 2, 2, 6, 1])]).relu()),
+            T,
+            a=nn.Linear(6, 5),
+            b=nn.Linear(5, 2),
+            t=nn.Parameter(torch.randn(7, 5)),
+        ),
         {"a": 5},
     ),
-    "one channel by number": (net(lambda m, x: m.b(m.a(x)) * m.a(x)[..., :1], T, a=nn.Linear(6, 5), b=nn.Linear(5, 2)), {"a": 4}),
-    "complex numbers": (net(lambda m, x: m.b(torch.fft.ifft(torch.fft.fft(m.a(x), dim=1), dim=1).real), T, a=nn.Linear(6, 5), b=nn.Linear(5, 2)), {"a": 5}),
-}  # fmt: skip
+    "one channel by number": (
+        net(lambda m, x: m.b(m.a(x)) * m.a(x)[..., :1], T, a=nn.Linear(6, 5), b=nn.Linear(5, 2)),
+        {"a": 4},
+    ),
+    "complex numbers": (
+        net(
+            lambda m, x: m.b(torch.fft.ifft(torch.fft.fft(m.a(x), dim=1), dim=1).real),
+            T,
+            a=nn.Linear(6, 5),
+            b=nn.Linear(5, 2),
+        ),
+        {"a": 5},
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", CUT)
@@ -143,15 +241,41 @@ def test_kinds_of_operators_that_are_followed(kind: str) -> None:
 #: kind → (network, layer, words in its reason).
 REFUSED: dict[str, tuple[Build, str, str]] = {
     "operator without a rule": (
-        net(lambda m, x: m.b(torch.linalg.qr(m.a(x)).R), T, a=nn.Linear(6, 5), b=nn.Linear(5, 2)), "a", "without a rule, aten.linalg_qr.default (test_rules.py:"
+        net(lambda m, x: m.b(torch.linalg.qr(m.a(x)).R), T, a=nn.Linear(6, 5), b=nn.Linear(5, 2)),
+        "a",
+        "without a rule, aten.linalg_qr.default (test_rules.py:",
     ),
     "number in a view": (
-        net(lambda m, x: m.b(m.a(x).view(2, 5, 4, 2).transpose(1, 2).sum(3)), T, a=nn.Linear(6, 8), b=nn.Linear(5, 2)), "a", "view (test_rules.py:"
+        net(
+            lambda m, x: m.b(m.a(x).view(2, 5, 4, 2).transpose(1, 2).sum(3)),
+            T,
+            a=nn.Linear(6, 8),
+            b=nn.Linear(5, 2),
+        ),
+        "a",
+        "view (test_rules.py:",
     ),
-    "mean over the width": (net(lambda m, x: m.b(m.a(x) - m.a(x).mean(-1, True)), T, a=nn.Linear(6, 5), b=nn.Linear(5, 2)), "a", "the mean (test_rules.py:"),
-    "input beside": (net(lambda m, x: m.b(m.a(x) + x), T, a=nn.Linear(6, 6), b=nn.Linear(6, 2)), "a", "is tied to the model's input"),
-    "constant": (net(lambda m, x: m.b(m.a(x) * torch.tensor([1.0, 2, 3, 4, 5])), T, a=nn.Linear(6, 5), b=nn.Linear(5, 2)), "a", "no parameter or buffer (test_rules.py:"),
-}  # fmt: skip
+    "mean over the width": (
+        net(lambda m, x: m.b(m.a(x) - m.a(x).mean(-1, True)), T, a=nn.Linear(6, 5), b=nn.Linear(5, 2)),
+        "a",
+        "the mean (test_rules.py:",
+    ),
+    "input beside": (
+        net(lambda m, x: m.b(m.a(x) + x), T, a=nn.Linear(6, 6), b=nn.Linear(6, 2)),
+        "a",
+        "is tied to the model's input",
+    ),
+    "constant": (
+        net(
+            lambda m, x: m.b(m.a(x) * torch.tensor([1.0, 2, 3, 4, 5])),
+            T,
+            a=nn.Linear(6, 5),
+            b=nn.Linear(5, 2),
+        ),
+        "a",
+        "no parameter or buffer (test_rules.py:",
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -182,8 +306,11 @@ def test_layers_that_only_training_runs_are_cut_along() -> None:
 
 def test_branches_that_the_input_chooses_are_united() -> None:
     model = Net(
-        lambda m, x: m.c(m.a(x) + (m.b(x) if float(x.sum()) > 0 else 0)), a=nn.Linear(6, 5), b=nn.Linear(6, 5), c=nn.Linear(5, 2)
-    )  # fmt: skip
+        lambda m, x: m.c(m.a(x) + (m.b(x) if float(x.sum()) > 0 else 0)),
+        a=nn.Linear(6, 5),
+        b=nn.Linear(6, 5),
+        c=nn.Linear(5, 2),
+    )
     negative, positive = -torch.ones(1, 6), torch.ones(1, 6)
     structures = Graph(model, negative, more_inputs=[positive]).structures
     assert ("b.weight", 0) in {c.place for c in structures.groups["a"].couplings}

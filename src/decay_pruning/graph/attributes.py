@@ -1,7 +1,7 @@
 """Attributes: integers on a user's own modules that carry a width, and so must follow it.
 
-torch's own layers are known (`layers`). For others, an integer (or one in a tuple) that equals the size of an axis in the
-same module is a candidate; it is set with the removal and tried, and kept where that makes the smaller model right.
+torch's own layers are known (`layers`). For others, an integer (or one in a tuple) that equals the size of an axis in
+the same module is a candidate; it is set with the removal and tried, and kept where that makes the smaller model right.
 """
 
 from __future__ import annotations

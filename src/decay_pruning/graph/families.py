@@ -166,7 +166,8 @@ def assemble(trace: Trace) -> tuple[StructureSet, dict[str, str]]:
     parameters = dict(trace.model.named_parameters())
     families: dict[int, _Family] = {}
     sizes: dict[Place, int] = {}
-    spots: list[tuple[Place, Axis, Role]] = [(dim.place, dim.axis, _role(dim, parameters)) for dim in trace.dims.values()]
+    spots: list[tuple[Place, Axis, Role]] = []
+    spots += [(dim.place, dim.axis, _role(dim, parameters)) for dim in trace.dims.values()]
     spots += [(place, axis, Role.ATTRIBUTE) for place, axis in trace.attributes.items()]
     for place, axis, role in spots:
         sizes[place] = axis.size
