@@ -123,6 +123,7 @@ def reduction(op: Op) -> Axes | list[Axes]:
 
 @rule(
     "_softmax",
+    "_safe_softmax",
     "_log_softmax",
     "cumsum",
     "cumprod",

@@ -6,7 +6,7 @@ from torch import nn
 
 from decay_pruning.graph.axes import Axis, Misaligned, Reason, divide, fix, leaves, product
 from decay_pruning.graph.rules._table import mix, rule
-from decay_pruning.graph.trace import OPERATION, Axes, Op, at, site
+from decay_pruning.graph.trace import OPERATION, Axes, Op
 from decay_pruning.structures import Role
 
 
@@ -135,8 +135,6 @@ def convolution(op: Op) -> Axes:
         return [x[0], op.fixed(int(op.output.shape[1])), *space]
     if isinstance(op.module, nn.modules.conv._ConvNd):
         op.trace.groups[op.module] = count
-    else:
-        fix(count, Reason(OPERATION, f"counts the groups of a convolution{at(site())}"))
     inner = divide(out, groups)[1]
     for atom in leaves(count if per_group.size > 1 else inner):
         atom.count = True
