@@ -37,6 +37,15 @@ FADING: Grid = {
 
 GRIDS: dict[str, Grid] = {
     "arms": {arm: (arm, []) for arm in results.ARMS},
+    "hard": {  # where one-step pruning costs something: a smaller budget, less training
+        f"{arm}, {macs} of the MACs in {epochs} epochs": (
+            arm,
+            [f"prune.target.macs={macs}", f"prune.epochs={epochs}"],
+        )
+        for macs in (0.2, 0.1)
+        for epochs in (2, 4, 8)
+        for arm in ("single", "sp", "sr")
+    },
     "smooth": {
         "single": ("single", []),
         **{

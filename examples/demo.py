@@ -37,7 +37,7 @@ def main() -> None:
     sys.argv = [
         "decay-pruning",
         "compare",
-        "recipes/digits.toml",
+        "recipes/digits-short.toml",
         "--seeds",
         "3",
         "--save-models",

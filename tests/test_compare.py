@@ -273,8 +273,10 @@ def test_recorder_joins_events_and_samples() -> None:
     assert recorder.counts()[0] == {"step": 0, "kind": "picked", "group": "a", "count": 2}
 
 
-def test_the_demo_recipe_is_the_demo() -> None:
-    loaded = recipe.load(Path(__file__).parents[1] / "recipes" / "digits.toml")
+def test_the_demo_needs_nothing_that_has_to_be_fetched() -> None:
+    root = Path(__file__).parents[1]
+    assert '"recipes/digits-short.toml"' in (root / "examples" / "demo.py").read_text()
+    loaded = recipe.load(root / "recipes" / "digits-short.toml")
     assert loaded.data.name == "digits" and loaded.dense.weights is None
 
 

@@ -159,7 +159,17 @@ def test_wrong_settings(wrong):
         DepGraph(**wrong)
 
 
-def test_importance_that_returns_nothing_useful():
-    run = start("residual", "depgraph", "sp", host=DepGraph(importance=lambda group: torch.zeros(3)))
-    with pytest.raises(GraphError, match="values for layer group 'conv1'"):
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (torch.zeros(3), r"returned \(3,\) values"),
+        ([0.0] * 8, r"returned \[0\.0, "),
+        (torch.zeros(8, dtype=torch.complex64), "one real number for each"),
+        ("high", "returned 'high'"),
+        (1.0, "returned 1.0"),
+    ],
+)
+def test_importance_that_returns_nothing_useful(value, words):
+    run = start("residual", "depgraph", "sp", host=DepGraph(importance=lambda group: value))
+    with pytest.raises(GraphError, match=f"{words}.* for layer group 'conv1'|'conv1'.*{words}"):
         run.step()

@@ -70,7 +70,7 @@ class TestSettings:
             ({"schedule": "cosin"}, "did you mean 'cosine'"),
             ({"schedule": "multistep"}, "needs milestones"),
             ({"milestones": (3,)}, "no other schedule"),
-            ({"schedule": "multistep", "milestones": ("3",)}, "milestones must be a number"),
+            ({"schedule": "multistep", "milestones": ("3",)}, r"milestones\[0\] must be a number"),
             ({"optimizer": "sdg"}, "did you mean 'sgd'"),
             ({"momentum": 1.0}, "at least 0 and below 1"),
             ({"nesterov": True, "momentum": 0.0}, "nesterov needs"),

@@ -201,8 +201,8 @@ def test_settings_of_host_smooth_and_rectify_are_their_dataclasses() -> None:
         ("prune.host.importence=taylor", r"did you mean prune\.host\.importance\?"),
         ("prune.rectify.t_rate=7", r"\[prune\.rectify\] .*t_rate"),
         ("prune.start=99", r"\[prune\] start = 99\.0 must lie within"),
-        ("dense.epochs=-1", r"\[dense\] epochs must be above 0"),
-        ("data.validation=1", r"\[data\] validation is a share"),
+        ("dense.epochs=-1", r"\[dense\] epochs must be at least 0"),
+        ("data.validation=1", r"\[data\] validation must be at least 0 and below 1"),
         ("device=gpu", "device: must be one of auto, cpu"),
     ],
 )

@@ -7,6 +7,7 @@ report = pruner.finish()
 
 from decay_pruning import schedules
 from decay_pruning.budget import Cost, Target, latency, measure
+from decay_pruning.copies import prune_like
 from decay_pruning.decay import SmoothPruning
 from decay_pruning.engine import Event
 from decay_pruning.errors import (
@@ -33,7 +34,8 @@ from decay_pruning.hosts import (
 )
 from decay_pruning.manifest import load, save
 from decay_pruning.plan import Plan, inspect
-from decay_pruning.pruner import Progress, Pruner, PruningReport
+from decay_pruning.progress import Progress, PruningReport
+from decay_pruning.pruner import Pruner
 from decay_pruning.rectify import SelfRectifying
 from decay_pruning.structures import Coupling, LayerGroup, Picks, Role, StructureSet
 
@@ -76,6 +78,7 @@ __all__ = [
     "latency",
     "load",
     "measure",
+    "prune_like",
     "save",
     "schedules",
 ]

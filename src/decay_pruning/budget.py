@@ -1,24 +1,27 @@
 """What a model costs, and what it will cost when picked structures are gone.
 
-1 MAC (multiply-accumulate) = 2 FLOPs. MACs are counted by `torch.utils.flop_counter` on the example inputs: give a
-batch of one to get the figure that papers print.
+1 MAC (multiply-accumulate) = 2 FLOPs. MACs are counted on the example inputs (see `counting`): give a batch of one to
+get the figure that papers print.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from numbers import Real
+from typing import Annotated, Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from decay_pruning.checks import Count, Whole, above, check, checked
+from decay_pruning.counting import count
 from decay_pruning.errors import ConfigError
-from decay_pruning.structures import Picks, Place, StructureSet
-from decay_pruning.surgery import call, untouched
+from decay_pruning.structures import Picks, Place, Role, StructureSet
+from decay_pruning.surgery import call
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,11 @@ class Cost:
     macs: int
     params: int
     structures: int = 0
+
+
+Quantity = Literal["macs", "params", "structures"]
+#: What is left of something, and less than all of it.
+Kept = Annotated[float, above(0, below=1, what="the fraction to keep")]
 
 
 @dataclass(frozen=True)
@@ -41,22 +49,20 @@ class Target:
         ConfigError: none or several are given, or one is not in (0, 1).
     """
 
-    macs: float | None = None
-    params: float | None = None
-    structures: float | None = None
+    macs: Kept | None = None
+    params: Kept | None = None
+    structures: Kept | None = None
 
     def __post_init__(self) -> None:
+        check(self, "target")
         given = {k: v for k, v in vars(self).items() if v is not None}
         if len(given) != 1:
             raise ConfigError(f"give one target, of macs, params or structures; got {given or 'none'}")
-        [(name, keep)] = given.items()
-        if not 0 < keep < 1:
-            raise ConfigError(f"target.{name} is the fraction to keep, between 0 and 1; got {keep}")
 
     @property
-    def of(self) -> str:
-        """What is counted: "macs", "params" or "structures"."""
-        return next(name for name, value in vars(self).items() if value is not None)
+    def of(self) -> Quantity:
+        """What is counted."""
+        return next(name for name in get_args(Quantity) if getattr(self, name) is not None)
 
     @property
     def keep(self) -> float:
@@ -64,13 +70,43 @@ class Target:
         return float(getattr(self, self.of))
 
 
+def as_target(target: Target | float) -> Target:
+    """A target as the user gives it: a bare number is the fraction of MACs.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if isinstance(target, Real) and not isinstance(target, bool):
+        return Target(macs=cast(float, target))
+    found: Target = checked(target, Annotated[Target, "a Target or the fraction of MACs to keep"], "target")
+    return found
+
+
 def measure(model: nn.Module, example_inputs: Any) -> Cost:
-    """MACs and parameters of a model as it is."""
-    return Cost(macs=sum(_macs(model, example_inputs).values()), params=_params(model))
+    """MACs and parameters of a model as it is.
+
+    Raises:
+        ConfigError: no model is given.
+        GraphError: the model does not run on these inputs.
+    """
+    checked(model, nn.Module, "model")
+    return Cost(macs=sum(product.macs for product in count(model, example_inputs)), params=_params(model))
 
 
 def latency(model: nn.Module, example_inputs: Any, *, repeats: int = 20, warmup: int = 3) -> float:
-    """Median seconds of a forward pass in evaluation mode, on the device that the model is on."""
+    """Median seconds of a forward pass in evaluation mode, on the device that the model is on.
+
+    Args:
+        model: the model.
+        example_inputs: see `Pruner`.
+        repeats: timed passes.
+        warmup: passes before those.
+
+    Raises:
+        ConfigError: repeats is below 1, or warmup below 0.
+    """
+    repeats, warmup = checked(repeats, Whole, "repeats"), checked(warmup, Count, "warmup")
+    checked(model, nn.Module, "model")
     times = []
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -91,31 +127,28 @@ def latency(model: nn.Module, example_inputs: Any, *, repeats: int = 20, warmup:
 class CostModel:
     """Predicts the cost after a removal from the widths alone.
 
-    The MACs of a convolution or linear layer are proportional to the number of its weights, so a tensor that keeps
-    given fractions of its dimensions keeps their product of its MACs and parameters. What is not tied to a weight
-    (attention products) counts as constant until it is measured again.
+    A tensor that keeps given fractions of its dimensions keeps their product of its parameters, and a product of
+    tensors keeps the fractions of all widths along its axes (see `counting`). Exact for layers; for products of
+    activations, such as attention, as good as their widths can be followed, until the model is counted again.
 
     Attributes:
-        now: the cost at the last measurement.
+        now: the cost at the last count.
     """
 
     def __init__(self, model: nn.Module, example_inputs: Any, structures: StructureSet) -> None:
-        by_module = _macs(model, example_inputs)
-        names = {id(p): name for name, p in model.named_parameters()}
         self._numel = {name: p.numel() for name, p in model.named_parameters()}
-        self._macs: dict[str, float] = {}
-        for path, module in model.named_modules():
-            weight = getattr(module, "weight", None)
-            if path in by_module and isinstance(weight, nn.Parameter) and weight.ndim > 1:
-                name = names[id(weight)]
-                self._macs[name] = self._macs.get(name, 0.0) + by_module[path] / weight.numel()
-        self.now = Cost(sum(by_module.values()), _params(model), len(structures))
+        self._macs: dict[tuple[tuple[Place, float], ...], int] = {}  # makers → all products that have these
+        products = count(model, example_inputs)
+        for product in products:
+            key = tuple(sorted(product.makers.items()))
+            self._macs[key] = self._macs.get(key, 0) + product.macs
+        self.now = Cost(sum(p.macs for p in products), _params(model), len(structures))
         self._structures = structures
         self._count = {
             name: [
                 (c.place, torch.bincount(c.owner, minlength=len(group)))
                 for c in group.couplings
-                if c.tensor in self._numel
+                if c.role is not Role.ATTRIBUTE
             ]
             for name, group in structures.groups.items()
         }
@@ -126,21 +159,23 @@ class CostModel:
         structures = self.now.structures
         for name, mask in removed.items():
             structures -= int(mask.sum())
-            for place, count in self._count[name]:
-                gone[place] = gone.get(place, 0) + int(count[mask].sum())
+            for place, number in self._count[name]:
+                gone[place] = gone.get(place, 0) + int(number[mask].sum())
+        kept = {place: 1 - number / self._structures.sizes[place] for place, number in gone.items()}
         share: dict[str, float] = {}
-        for place, number in gone.items():
-            share[place[0]] = share.get(place[0], 1.0) * (1 - number / self._structures.sizes[place])
-        params, macs = float(self.now.params), float(self.now.macs)
-        for name, kept in share.items():
-            lost = self._numel[name] * (1 - kept)
-            params -= lost
-            macs -= lost * self._macs.get(name, 0.0)
-        return Cost(round(macs), round(params), structures)
+        for (tensor, _), left in kept.items():
+            share[tensor] = share.get(tensor, 1.0) * left
+        params = sum(self._numel.get(tensor, 0) * (1 - left) for tensor, left in share.items())
+        macs = 0.0
+        for makers, cost in self._macs.items():
+            macs += cost * math.prod(kept[place] ** power for place, power in makers if place in kept)
+        return Cost(round(macs), round(self.now.params - params), structures)
 
     def uses(self, tensor: str) -> float:
         """MACs per element of a weight: in a convolution, the positions of its output; 0 for what is not multiplied."""
-        return self._macs.get(tensor, 0.0)
+        whole = {(tensor, 0), (tensor, 1)}
+        macs = sum(cost for makers, cost in self._macs.items() if whole <= {place for place, _ in makers})
+        return macs / self._numel[tensor] if self._numel.get(tensor) else 0.0
 
     def after_picks(self, picks: Picks) -> Cost:
         """Cost once these are gone, by original indices."""
@@ -154,28 +189,3 @@ class CostModel:
 
 def _params(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-def _macs(model: nn.Module, example_inputs: Any) -> dict[str, int]:
-    """MACs by module path, each without those of its children; "" is the model itself."""
-    paths = {name for name, _ in model.named_modules()}
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # what it does in one kernel would not be counted
-    try:
-        with untouched(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            call(model, example_inputs)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-    total = {"": counter.get_total_flops()}
-    for key, ops in counter.get_flop_counts().items():
-        path = key.partition(".")[2]  # the first part is the class of the model
-        if path in paths and path:
-            total[path] = sum(ops.values())
-    own = dict(total)
-    for path, flops in total.items():
-        if path:
-            parent = path.rpartition(".")[0]
-            while parent and parent not in own:
-                parent = parent.rpartition(".")[0]
-            own[parent] -= flops
-    return {path: flops // 2 for path, flops in own.items()}

@@ -13,7 +13,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -112,7 +112,14 @@ class Run_:
         arm = compare.arm_of(recipe.prune)
         with _bars(console, 1) as bars:
             result = compare.compare(
-                recipe, [arm], [self.seed], out, command=_command(), watch=bars.watch, on_run=bars.on_run
+                recipe,
+                [arm],
+                [self.seed],
+                out,
+                command=_command(),
+                watch=bars.watch,
+                on_begin=bars.on_begin,
+                on_run=bars.on_run,
             )
         run = result.find(arm, self.seed)
         assert run is not None
@@ -170,6 +177,7 @@ class Compare:
                 starts=self.starts,
                 jobs=self.jobs,
                 watch=bars.watch,
+                on_begin=bars.on_begin,
                 on_run=bars.on_run,
             )
         console.print(_table(result))
@@ -275,7 +283,16 @@ def _table(result: Result) -> Table:
         title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
     )
     table.add_column("Arm", no_wrap=True)
-    for head in ("Top-1 %", "vs single [95 %]", "After\ncut", "MACs\n%", "Params\n%", "ms", "Let\ngo"):
+    metric = result.metric
+    for head in (
+        f"{metric.title} {metric.unit}".rstrip(),
+        "vs single [95 %]",
+        "After\ncut",
+        "MACs\n%",
+        "Params\n%",
+        "ms",
+        "Let\ngo",
+    ):
         table.add_column(head, justify="right", no_wrap=True)
     for s in summarise(result):
         table.add_row(
@@ -299,7 +316,16 @@ class _Bars:
     bars: Progress
     all_runs: TaskID
     current: tuple[object, TaskID] | None = None
-    done: list[str] = field(default_factory=list)
+    result: Result | None = None
+
+    def on_begin(self, result: Result) -> None:
+        """Before the first run."""
+        self.result = result
+
+    def measured(self, value: float, digits: int) -> str:
+        """ "top-1 98.5 %", or what the data's metric is called."""
+        assert self.result is not None
+        return f"{self.result.metric.name} {self.result.metric.show(value, digits)}"
 
     def watch(self, job: Job, step: Step) -> None:
         """After every optimizer step."""
@@ -308,27 +334,27 @@ class _Bars:
                 self.bars.remove_task(self.current[1])
             what = f"{job.phase} start" if job.is_start else job.phase
             self.current = job, self.bars.add_task(f"{what}, seed {job.seed}", total=step.total, now="")
-        self.bars.update(self.current[1], completed=step.step, now=_now(step))
+        self.bars.update(self.current[1], completed=step.step, now=self.now(step))
 
     def on_run(self, run: Run) -> None:
         """When a run is done."""
         kept = f"{100 * run.macs[1] / run.macs[0]:.1f} % MACs"
         self.bars.advance(self.all_runs)
         self.console.print(
-            f"{run.arm:<6} seed {run.seed}: top-1 {run.accuracy:.2f} %, {kept}, {run.seconds:.0f} s"
+            f"{run.arm:<6} seed {run.seed}: {self.measured(run.accuracy, 2)}, {kept}, {run.seconds:.0f} s"
         )
 
-
-def _now(step: Step) -> str:
-    words = []
-    if step.progress is not None:
-        p = step.progress
-        start = getattr(p, "macs_start", 0)
-        words.append(f"MACs {100 * p.macs / start:.0f} %" if start else f"{p.macs:,} MACs")
-        words += [f"{p.decaying} decaying", f"{p.released} released"]
-    if step.accuracy is not None:
-        words.append(f"top-1 {step.accuracy:.1f} %")
-    return ", ".join(words)
+    def now(self, step: Step) -> str:
+        """What is known after a step."""
+        words = []
+        if step.progress is not None:
+            p = step.progress
+            start = getattr(p, "macs_start", 0)
+            words.append(f"MACs {100 * p.macs / start:.0f} %" if start else f"{p.macs:,} MACs")
+            words += [f"{p.decaying} decaying", f"{p.released} released"]
+        if step.accuracy is not None:
+            words.append(self.measured(step.accuracy, 1))
+        return ", ".join(words)
 
 
 @contextmanager

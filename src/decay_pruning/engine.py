@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -22,8 +21,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from decay_pruning.decay import SmoothPruning, factors, joint
-from decay_pruning.errors import ConfigError
+from decay_pruning.errors import ConfigError, DecayPruningError
 from decay_pruning.fading import Fading, Key, Numbers, as_keys, as_picks
+from decay_pruning.optimizers import with_closure
 from decay_pruning.rectify import SelfRectifying
 from decay_pruning.slices import Reading, SliceBatch
 from decay_pruning.structures import Picks, Role, StructureSet
@@ -70,6 +70,12 @@ class Driver(Protocol):
 
     def after_step(self) -> None:
         """Everything has moved and decayed: the time to remove."""
+
+    def snapshot(self) -> Callable[[], None]:
+        """Called before a part of a step; returns what puts everything back if that part fails."""
+
+    def failed(self, error: DecayPruningError) -> None:
+        """A part of a step was refused and put back; the error is raised to the user after this."""
 
 
 @dataclass
@@ -121,7 +127,7 @@ class Engine:
         self._free_again: dict[Key, int] = {}  # released → number of the pick from which on it is eligible
         self._on_the_way: tuple[tuple[int, int, int], dict[str, Tensor]] | None = None
         self._untold: list[Event] = []
-        self._skipped = False
+        self._ready = False  # gradients have been seen, and the step moves
         self._driver: Driver | None = None
         self._handles: list[Any] = []
         self._numbers = Numbers(structures)
@@ -133,7 +139,7 @@ class Engine:
         """Ride on the optimizer: everything below happens inside `optimizer.step()`."""
         self._driver = driver
         self._handles = [
-            self._optimizer.register_step_pre_hook(lambda *_: self.before_step()),
+            self._optimizer.register_step_pre_hook(self._pre),
             self._optimizer.register_step_post_hook(lambda *_: self.after_step()),
         ]
 
@@ -143,46 +149,85 @@ class Engine:
             handle.remove()
         self._handles = []
 
+    def _pre(self, optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
+        self._ready = False
+        wrapped = with_closure(args, kwargs, self.before_step)
+        if wrapped is None:
+            self.before_step()
+        return wrapped
+
     def before_step(self) -> None:
         """Measure resistance on the gradients that the step is about to use."""
         # A fused optimizer under a gradient scaler runs its hooks also when the scaler found an infinity and
         # nothing will move; it then carries `found_inf`, and gradients are still scaled.
         found_inf = getattr(self._optimizer, "found_inf", None)
-        self._skipped = found_inf is not None and bool(found_inf.item())
-        if self._skipped:
-            return
+        self._ready = found_inf is None or not bool(found_inf.item())
+        if self._ready:
+            self._whole(self._before_step)
+            self.tell()
+
+    def _before_step(self) -> None:
         scale = getattr(self._optimizer, "grad_scale", None)
-        with self._whole():
-            if self._fading is not None and self._fading.batch.moved(self._parameters()):
-                self._regroup([self._fading])
-            if self._driver is not None:
-                self._driver.before_step()
-            if self._fading is not None and self._watch is not None:
-                network = Network(self.structures, self._parameters(), self._optimizer, self.smooth.roles)
-                self._watch.before(self._fading, self.step, network, self.fading(), scale)
-            if self._driver is not None:
-                self._driver.add_gradients(scale)
-        self.tell()
+        if self._fading is not None and self._fading.batch.moved(self._parameters()):
+            self._regroup([self._fading])
+        if self._driver is not None:
+            self._driver.before_step()
+        if self._fading is not None and self._watch is not None:
+            network = Network(self.structures, self._parameters(), self._optimizer, self.smooth.roles)
+            self._watch.before(self._fading, self.step, network, self.fading(), scale)
+        if self._driver is not None:
+            self._driver.add_gradients(scale)
 
     def after_step(self) -> None:
         """Judge, decay, hold."""
-        if self._skipped:
-            return
-        with self._whole():
+        if self._ready:
+            self._ready = False
+            self._whole(self._after_step)
+            self.tell()
+
+    def _after_step(self) -> None:
+        reading = None
+        if self._fading is not None and self._watch is not None:
+            self._fading, reading = self._watch.after(self._fading, self._parameters())
+        batch = self._fading.batch if self._fading is not None else None
+        if self._driver is not None and self._driver.moved():
             reading = None
-            if self._fading is not None and self._watch is not None:
-                self._fading, reading = self._watch.after(self._fading, self._parameters())
-            batch = self._fading.batch if self._fading is not None else None
-            if self._driver is not None and self._driver.moved():
-                reading = None
-            self.step += 1
-            if self._fading is not None:
-                self._fade(self._fading, reading if self._fading.batch is batch else None)
-            if self._holding is not None:
-                self._holding.zero_(self._parameters())
-            if self._driver is not None:
-                self._driver.after_step()
-        self.tell()
+        self.step += 1
+        if self._fading is not None:
+            self._fade(self._fading, reading if self._fading.batch is batch else None)
+        if self._holding is not None:
+            self._holding.zero_(self._parameters())
+        if self._driver is not None:
+            self._driver.after_step()
+
+    def _whole(self, part: Callable[[], None]) -> None:
+        """All of a part of a step, or none of it: an exception anywhere in it puts everything back.
+
+        What the driver cannot do is said once: an error of ours that leaves it is the end of pruning.
+        """
+        names = ("structures", "step", "counts", "held", "_fading", "_holding", "_picks_made", "_pick_sizes",
+                 "_free_again", "_on_the_way", "_untold")  # fmt: skip
+        kinds = (dict, list, Counts)
+        before = {n: copy.copy(v) if isinstance(v := getattr(self, n), kinds) else v for n in names}
+        put_back = None if self._driver is None else self._driver.snapshot()
+        try:
+            part()
+        except BaseException as error:
+            self.__dict__.update(before)
+            if put_back is not None:
+                put_back()
+            if self._watch is not None:
+                self._watch.forget()
+            if self._driver is not None and isinstance(error, DecayPruningError):
+                self._driver.failed(error)
+            raise
+
+    def tell(self) -> None:
+        """Pass on what has happened, now that all of it has."""
+        while self._untold:
+            event = self._untold.pop(0)
+            if self._on_event is not None:
+                self._on_event(event)
 
     # -- what the driver asks for ----------------------------------------------------------------------------
 
@@ -231,6 +276,11 @@ class Engine:
         if self._fading is not None:
             self._regroup([self._fading])
         self._emit("removed", keys, {})
+
+    def let_go(self) -> None:
+        """End everything: what decays stays as it is, and what is held at zero is free to grow again."""
+        self.held, self._holding, self._fading, self._pick_sizes = {}, None, None, {}
+        self._on_the_way = None
 
     def fade_out(self) -> None:
         """End every decay at once: what decays is set to zero and held."""
@@ -422,28 +472,6 @@ class Engine:
             self._pick_sizes = {}
             return
         self._fading = self._numbers.carry(parts, self._batch(as_picks(stay)))
-
-    @contextmanager
-    def _whole(self) -> Iterator[None]:
-        """All of what happens inside, or none of it: an exception puts the book-keeping back."""
-        names = ("structures", "step", "counts", "held", "_fading", "_holding", "_picks_made", "_pick_sizes",
-                 "_free_again", "_on_the_way", "_untold")  # fmt: skip
-        kinds = (dict, list, Counts)
-        before = {n: copy.copy(v) if isinstance(v := getattr(self, n), kinds) else v for n in names}
-        try:
-            yield
-        except BaseException:
-            self.__dict__.update(before)
-            if self._watch is not None and self._fading is not None:
-                self._watch.keep(self._fading.batch, None)
-            raise
-
-    def tell(self) -> None:
-        """Pass on what has happened, now that all of it has."""
-        while self._untold:
-            event = self._untold.pop(0)
-            if self._on_event is not None:
-                self._on_event(event)
 
     def _emit(
         self, kind: Literal["picked", "released", "removed"], keys: list[Key], values: dict[str, Tensor]

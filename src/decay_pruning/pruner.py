@@ -7,94 +7,33 @@ report = pruner.finish()
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from decay_pruning import surgery
+from decay_pruning import copies, optimizers, surgery
 from decay_pruning.budget import Cost, CostModel, Target
 from decay_pruning.decay import SmoothPruning
 from decay_pruning.engine import Engine, Event
-from decay_pruning.errors import BudgetError, ConfigError
+from decay_pruning.errors import BudgetError, ConfigError, DecayPruningError
 from decay_pruning.fading import Key
-from decay_pruning.hosts import Custom, DepGraph, Goal, Host, Phase, Scene
+from decay_pruning.hosts import Custom, DepGraph, Goal, Host, Phase, Picker, Scene
 from decay_pruning.plan import Plan
+from decay_pruning.progress import Progress, PruningReport
 from decay_pruning.rectify import SelfRectifying
 from decay_pruning.structures import Picks, StructureSet
 
 logger = logging.getLogger("decay_pruning")
 
+#: Containers that pickers change in place.
+_PLAIN = (dict, list, set)
 #: Rounds after which picks that do not lead to the target are an error.
 _EXTRA_ROUNDS = 20
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a pruner is. MACs and parameters are those of the model as it is now; the rest counts structures."""
-
-    step: int
-    round: int
-    macs: int
-    params: int
-    macs_start: int
-    params_start: int
-    decaying: int
-    held: int
-    released: int
-    removed: int
-
-
-@dataclass(frozen=True)
-class PruningReport:
-    """What was done. Pairs are (before, after).
-
-    Attributes:
-        macs, params, structures: of the whole model.
-        picked: picks made, those of `picked_again` included.
-        decayed: structures whose decay came to its end.
-        released: structures let go by self-rectifying.
-        picked_again: structures picked again after a release.
-        removed: structures that are gone.
-        rounds: picks of the host.
-        steps: optimizer steps from the start to the last removal.
-        widths: layer group → (before, after).
-        unprunable: what was never considered → the reason.
-    """
-
-    macs: tuple[int, int]
-    params: tuple[int, int]
-    structures: tuple[int, int]
-    picked: int
-    decayed: int
-    released: int
-    picked_again: int
-    removed: int
-    rounds: int
-    steps: int
-    widths: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    unprunable: Mapping[str, str] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain containers, for JSON."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        def share(pair: tuple[int, int]) -> str:
-            return f"{pair[0]:,} -> {pair[1]:,} ({100 * pair[1] / max(1, pair[0]):.1f} %)"
-
-        return "\n".join(
-            [
-                f"MACs        {share(self.macs)}",
-                f"parameters  {share(self.params)}",
-                f"structures  {share(self.structures)}",
-                f"picked {self.picked} (again after a release: {self.picked_again}), decayed {self.decayed}, "
-                f"released {self.released}, removed {self.removed}, in {self.rounds} rounds and {self.steps} steps",
-            ]
-        )
 
 
 class Pruner:
@@ -111,6 +50,8 @@ class Pruner:
         rectify: when picks are let go again, or None for never. The arms of a comparison differ by these two settings.
         total_steps: optimizer steps that the training will take from here; needed where N is a fraction.
         start: optimizer steps before the first pick (for sparse learning).
+        also: copies of the model that are cut along with it: averages of the weights, momentum encoders. torch's own
+            `AveragedModel` need not be named; it follows when it is updated next.
         on_event: called with every `Event`.
 
     Raises:
@@ -131,6 +72,7 @@ class Pruner:
         rectify: SelfRectifying | None = None,
         total_steps: int | None = None,
         start: int = 0,
+        also: Sequence[Any] = (),
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
         self.model = model
@@ -141,8 +83,11 @@ class Pruner:
         self.start = start
         self.total_steps = total_steps
         self.example_inputs = example_inputs
-        self._optimizer = _unwrap(optimizer)
-        self._check(model, self._optimizer)
+        self._chain = optimizers.chain(optimizer)
+        self._optimizer = self._chain[-1]
+        self._check(model)
+        optimizers.check(self._chain, model)
+        self._also = copies.given(also, model)
 
         self.graph = self.host.graph(model, example_inputs)
         self.original: StructureSet = self.graph.structures
@@ -159,6 +104,10 @@ class Pruner:
         self._due = start  # step of the next pick
         self._finished_at = 0
         self._left: tuple[Mapping[str, Tensor], Cost] = {}, self.before
+        self._attached_at = 0
+        self._given_up: str | None = None
+        self._still: list[surgery.Still] = []  # of the step that is being made
+        self._check_state()
         self.engine.attach(self)
 
     # -- for the user ----------------------------------------------------------------------------------------
@@ -213,10 +162,24 @@ class Pruner:
         Raises:
             BudgetError: the target is not met yet. Nothing is lost: the hooks stay, and training can go on.
         """
+        if self._given_up is not None:
+            raise BudgetError(f"pruning was given up at step {self.engine.step}: {self._given_up}")
         if force and not self.done:
             self._force()
         if not self.done:
             raise BudgetError(self._how_far())
+        self.engine.detach()
+        self._picker.detach(self._scene())
+        return self.report()
+
+    def cancel(self) -> PruningReport:
+        """Stop pruning for good: take the hooks off, and leave the network as it is.
+
+        What has been removed stays removed. What decays or has come to zero stays in the network, and is free to grow
+        again.
+        """
+        self._given_up = self._given_up or "it was cancelled"
+        self.engine.let_go()
         self.engine.detach()
         self._picker.detach(self._scene())
         return self.report()
@@ -324,10 +287,36 @@ class Pruner:
 
     def after_step(self) -> None:
         """Remove what has come to the end of its decay, when the host agrees."""
+        if self.engine.step - self._attached_at == 1:
+            self._check_state()
+        if self.engine.held or self._goal(1.0).met(self._costs.now):
+            self._still.append(surgery.Still([self.model, *self._also], self._chain))
         if self.engine.held and self._picker.may_remove(self._scene()):
             self._remove()
             self._due = self.engine.step + self.host.interval
         self._picker.after_step(self._scene())
+
+    def snapshot(self) -> Callable[[], None]:
+        """What puts the pruner, and the model where it was about to be cut, back as they are now."""
+        names = ("_round", "_due", "_finished_at", "_costs", "_left", "_picker")
+        before = {name: getattr(self, name) for name in names}
+        picker = _copied(self._picker)
+        still = self._still = []
+
+        def put_back() -> None:
+            for each in still:
+                each.put_back()
+            self.__dict__.update(before)
+            self._picker.__dict__.clear()
+            self._picker.__dict__.update(picker)
+
+        return put_back
+
+    def failed(self, error: DecayPruningError) -> None:
+        """What was refused is said once: the pruner lets go, and training can go on."""
+        self._given_up = str(error)
+        self.cancel()
+        logger.warning("pruning is given up at step %d: %s", self.engine.step, error)
 
     def _wanting(self) -> bool:
         """Whether more has to be picked: training has come to `start`, and what is fading does not meet the target."""
@@ -383,8 +372,11 @@ class Pruner:
             self.structures,
             self.engine.held,
             example_inputs=self.example_inputs,
-            optimizer=self._optimizer,
+            optimizer=self._chain,
         )
+        for each in self._also:
+            copies.prune_like(each, self.model)
+        copies.let_averages_follow(self.model)
         self.engine.removed(left)
         self._costs = CostModel(self.model, self.example_inputs, left)
         self._finished_at = self.engine.step
@@ -453,7 +445,13 @@ class Pruner:
             )
         return f"the target is not met after {self.engine.step} steps: {share}; train on or call finish(force=True)"
 
-    def _check(self, model: nn.Module, optimizer: Optimizer) -> None:
+    def _check_state(self) -> None:
+        """Optimizer state that cannot be cut is said before anything fades."""
+        touched = {c.tensor for group in self.structures.groups.values() for c in group.couplings}
+        mine = {name: p for name, p in self._parameters.items() if name in touched}
+        optimizers.check_state(self._chain, mine)
+
+    def _check(self, model: nn.Module) -> None:
         if isinstance(self.smooth.steps, float) and self.total_steps is None:
             raise ConfigError(
                 f"smooth.steps = {self.smooth.steps:.3g} is a share of the training that is left: pass total_steps "
@@ -466,13 +464,6 @@ class Pruner:
                     f"{self.host.rounds} rounds of {self.smooth.steps} steps after a start at {self.start} do not fit "
                     f"into total_steps = {self.total_steps}"
                 )
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            raise ConfigError("pass the unwrapped model (ddp.module), and wrap it again after each removal")
-        if not isinstance(optimizer, Optimizer):
-            raise ConfigError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
-        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not any(id(p) in trained for p in model.parameters()):
-            raise ConfigError("the optimizer trains none of the model's parameters: build it from this model")
 
 
 def _as_host(host: Host | Callable[[Scene, Goal], Picks] | None) -> Host:
@@ -500,8 +491,13 @@ def _less(picks: Picks, keys: set[Key]) -> Picks:
     return _only(picks, {(name, i) for name, ids in picks.items() for i in ids} - keys)
 
 
-def _unwrap(optimizer: Optimizer) -> Optimizer:
-    """The optimizer inside wrappers such as Accelerate's."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
-    return optimizer
+def _copied(picker: Picker) -> dict[str, Any]:
+    """What a picker knows, so that nothing it changes afterwards shows."""
+    return {
+        name: value.clone()
+        if isinstance(value, Tensor)
+        else copy.copy(value)
+        if isinstance(value, _PLAIN)
+        else value
+        for name, value in vars(picker).items()
+    }

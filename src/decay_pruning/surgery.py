@@ -291,7 +291,75 @@ def _set_data(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
     tensor.grad = grad
 
 
-def _state_updates(optimizer: Optimizer, cuts: Sequence[_Cut]) -> list[tuple[dict[Any, Any], Any, Tensor]]:
+def check_state(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> None:
+    """Whether the state that an optimizer keeps of these parameters could be cut along any dimension.
+
+    Raises:
+        SurgeryError: it could not; the message names the parameter.
+    """
+    for name, p in parameters.items():
+        kept = {dim: torch.arange(size) for dim, size in enumerate(p.shape)}
+        _state_updates(optimizer, [_Cut([name], p, kept)], take=False)
+
+
+class Still:
+    """A model and its optimizers as they are, to be put back whatever happens to them in between.
+
+    Tensors are remembered as objects, not copied (but for the short ones, of norms and biases): whoever changes the
+    values of the others in place puts them back by himself.
+    """
+
+    def __init__(self, models: Iterable[nn.Module], optimizers: Iterable[Optimizer]) -> None:
+        modules = [module for model in models for module in model.modules()]
+        self._modules = [
+            (m, m.__class__, dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in modules
+        ]
+        tensors = [t for _, _, _, p, b in self._modules for t in (*p.values(), *b.values()) if t is not None]
+        self._tensors = [
+            (t, t.data, t.grad if t.is_leaf else None, t.data.clone() if t.ndim <= 1 else None)
+            for t in {id(t): t for t in tensors}.values()
+        ]
+        self._states = [
+            (o.state, {key: _shallow(value) for key, value in o.state.items()}) for o in optimizers
+        ]
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Everything as it was."""
+        for module, kind, attributes, parameters, buffers in self._modules:
+            module.__class__ = kind
+            for added in set(vars(module)) - set(attributes):
+                del module.__dict__[added]
+            module.__dict__.update(attributes)
+            module._parameters.clear()
+            module._parameters.update(parameters)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        for tensor, data, grad, values in self._tensors:
+            if (
+                tensor.data_ptr() != data.data_ptr()
+                or tensor.shape != data.shape
+                or tensor.dtype != data.dtype
+            ):
+                _set_data(tensor, data, grad)
+            elif tensor.grad is not grad:
+                tensor.grad = grad
+            if values is not None:
+                tensor.data.copy_(values)
+        for state, before in self._states:
+            for key in set(state) - set(before):
+                del state[key]
+            for key, value in before.items():
+                state[key] = value
+
+
+def _shallow(value: Any) -> Any:
+    return dict(value) if isinstance(value, dict) else value
+
+
+def _state_updates(
+    optimizer: Optimizer, cuts: Sequence[_Cut], *, take: bool = True
+) -> list[tuple[dict[Any, Any], Any, Tensor]]:
     """The optimizer state that changes: (state of a parameter, key, new value). Touches nothing."""
     if isinstance(optimizer, LBFGS):
         raise SurgeryError(
@@ -305,7 +373,7 @@ def _state_updates(optimizer: Optimizer, cuts: Sequence[_Cut]) -> list[tuple[dic
         for key, value in state.items():
             if isinstance(value, Tensor):
                 kept = _state_cut(optimizer, cut, key, value)
-                if kept:
+                if kept and take:
                     updates.append((state, key, _take(value, kept)))
             elif isinstance(value, list | tuple | dict | set) and value:
                 raise SurgeryError(

@@ -45,6 +45,10 @@ class Watch:
         """Remember the weights that the next step starts from."""
         self.kept, self._kept_of = values, batch
 
+    def forget(self) -> None:
+        """A step was given up: read everything anew."""
+        self.kept = self._kept_of = self._parallel = self._now = None
+
     def kept_of(self, batch: SliceBatch) -> Values | None:
         """What is remembered of this batch."""
         return self.kept if self._kept_of is batch else None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from decay_pruning.checks import shown
 from decay_pruning.errors import ConfigError, GraphError
 from decay_pruning.graph import families, layers
 from decay_pruning.graph._verify import demote, verified
@@ -116,10 +117,11 @@ class Graph:
             if value is None:
                 log.warning("%s gives no score to layer group %r: it is never picked", kind, name)
                 continue
-            if value.shape != owner.shape:
+            if not isinstance(value, Tensor) or value.shape != owner.shape or value.is_complex():
+                what = f"{tuple(value.shape)} values" if isinstance(value, Tensor) else shown(value)
                 raise GraphError(
-                    f"{kind} returned {tuple(value.shape)} values for layer group {name!r}, "
-                    f"which has {owner.numel()} channels"
+                    f"{kind} returned {what} for layer group {name!r}, which has "
+                    f"{owner.numel()} channels: one real number for each is needed, in a tensor"
                 )
             total = torch.zeros(len(group))
             total.index_add_(0, owner, value.detach().to("cpu", total.dtype).nan_to_num(nan=0.0))

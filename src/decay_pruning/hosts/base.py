@@ -6,16 +6,23 @@ of every step, and sees the network through a `Scene`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from numbers import Integral
+from typing import Annotated, Any, Protocol
 
+import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from decay_pruning.budget import Cost, CostModel
+from decay_pruning.budget import Cost, CostModel, Quantity
+from decay_pruning.checks import Count, NotNegative, check, did_you_mean, shown
+from decay_pruning.errors import ConfigError
 from decay_pruning.graph import Graph
 from decay_pruning.structures import Picks, StructureSet
+
+#: Modules that keep their width: dotted names, modules themselves, or types of modules.
+Ignored = Annotated[tuple[str | nn.Module | type, ...], "a list of names of modules"]
 
 
 @dataclass(frozen=True)
@@ -27,8 +34,11 @@ class Goal:
         at_most: how much of it may be left, in absolute figures.
     """
 
-    of: str
-    at_most: float
+    of: Quantity
+    at_most: NotNegative
+
+    def __post_init__(self) -> None:
+        check(self, "goal")
 
     def met(self, cost: Cost) -> bool:
         """Whether a model of this cost is small enough."""
@@ -46,8 +56,11 @@ class Phase:
     """
 
     name: str
-    step: int
-    lr: float | None = None
+    step: Count
+    lr: NotNegative | None = None
+
+    def __post_init__(self) -> None:
+        check(self, "phase")
 
 
 @dataclass
@@ -158,6 +171,49 @@ class Picker:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`."""
+
+
+def as_picks(picks: object, structures: StructureSet) -> dict[str, list[int]]:
+    """Picks as a user's host returns them, in plain lists, ascending and without repetition.
+
+    Indices can come in any iterable of whole numbers: a list, a set, a generator, an array, a tensor.
+
+    Raises:
+        ConfigError: they are something else, or of a layer group that does not exist.
+    """
+    if not isinstance(picks, Mapping):
+        raise ConfigError(
+            f"a host returns a mapping, layer group -> indices of structures; got {shown(picks)}"
+        )
+    found = {}
+    for name, ids in picks.items():
+        if name not in structures.groups:
+            hint = did_you_mean(name, structures.groups)
+            raise ConfigError(f"a host picked from {shown(name)}, which is no layer group{hint}")
+        if indices := _indices(name, ids):
+            found[name] = indices
+    return found
+
+
+def _indices(name: str, ids: object) -> list[int]:
+    wanted = f"picks of layer group {name!r} must be whole numbers, the indices of structures"
+    if isinstance(ids, Tensor | np.ndarray) and "bool" in str(ids.dtype):
+        raise ConfigError(f"{wanted}; got a mask: pass structures.groups[{name!r}].ids[mask]")
+    if (
+        isinstance(ids, str | bytes | Mapping)
+        or not isinstance(ids, Iterable)
+        or getattr(ids, "ndim", 1) != 1
+    ):
+        raise ConfigError(f"{wanted}; got {shown(ids)}")
+    values = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else list(ids)
+    found = set()
+    for value in values:
+        if isinstance(value, Tensor) and value.ndim == 0:
+            value = value.item()
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise ConfigError(f"{wanted}; got {shown(value)} among them")
+        found.add(int(value))
+    return sorted(found)
 
 
 class Host(Protocol):

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from decay_pruning.errors import ConfigError
+from decay_pruning.checks import Count, Whole, check
 from decay_pruning.graph import Graph
-from decay_pruning.hosts.base import Goal, Picker, Scene
+from decay_pruning.hosts.base import Goal, Ignored, Picker, Scene
 from decay_pruning.structures import Picks
 
 
@@ -24,20 +24,18 @@ class Custom:
         ignored, heads, allow_inexact, rounds, interval: see `DepGraph`.
 
     Raises:
-        ConfigError: rounds is below 1, or interval below 0.
+        ConfigError: a value is out of range, or `function` is none.
     """
 
     function: Callable[[Scene, Goal], Picks]
-    ignored: tuple[str, ...] = ()
-    heads: Mapping[str, int] = field(default_factory=dict)
+    ignored: Ignored = ()
+    heads: Mapping[str, Whole] = field(default_factory=dict)
     allow_inexact: bool = False
-    rounds: int = 1
-    interval: int = 0
+    rounds: Whole = 1
+    interval: Count = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("rounds", 1), ("interval", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"host.{name} must be at least {least}, not {getattr(self, name)}")
+        check(self, "host")
 
     def graph(self, model: nn.Module, example_inputs: object) -> Graph:
         """Find the structures of a model."""

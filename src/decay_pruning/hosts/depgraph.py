@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from decay_pruning.checks import Count, NotNegative, OneOf, Whole, at_least, check
 from decay_pruning.errors import ConfigError
 from decay_pruning.graph import Graph
 from decay_pruning.hosts import importance as importances
-from decay_pruning.hosts.base import Goal, Picker, Scene
+from decay_pruning.hosts.base import Goal, Ignored, Picker, Scene
 from decay_pruning.hosts.importance import IMPORTANCES
-from decay_pruning.hosts.ranking import Scope, choose
+from decay_pruning.hosts.ranking import MinKept, Scope, choose
 from decay_pruning.structures import Picks, Role, StructureSet
 
 Importance = importances.Importance | Callable[[Any], Tensor | None]
@@ -36,11 +37,17 @@ class SparseLearning:
         strength: factor of the regulariser.
         alpha: exponent of the ratio between the weakest and the strongest structure.
         every: steps between two updates of γ.
+
+    Raises:
+        ConfigError: a value is out of range.
     """
 
-    strength: float = 5e-4
-    alpha: float = 4.0
-    every: int = 100
+    strength: NotNegative = 5e-4
+    alpha: Annotated[float, at_least(0, most=64)] = 4.0
+    every: Whole = 100
+
+    def __post_init__(self) -> None:
+        check(self, "sparse")
 
 
 @dataclass(frozen=True)
@@ -60,33 +67,24 @@ class DepGraph:
         rounds: in how many equal parts of the way the target is approached.
         interval: optimizer steps of plain training between two rounds.
         sparse: group regulariser on all structures until the first pick (give the pruner a `start`).
+
+    Raises:
+        ConfigError: a value is out of range or unknown.
     """
 
-    importance: str | Importance = "magnitude"
+    importance: Annotated[str, OneOf(IMPORTANCES)] | Importance = "magnitude"
     scope: Scope = "global"
-    ignored: tuple[str, ...] = ()
-    heads: Mapping[str, int] = field(default_factory=dict)
+    ignored: Ignored = ()
+    heads: Mapping[str, Whole] = field(default_factory=dict)
     allow_inexact: bool = False
-    min_kept: int | float = 1
-    round_to: int = 1
-    rounds: int = 1
-    interval: int = 0
+    min_kept: MinKept = 1
+    round_to: Whole = 1
+    rounds: Whole = 1
+    interval: Count = 0
     sparse: SparseLearning | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.importance, str) and self.importance not in IMPORTANCES:
-            raise ConfigError(
-                f"no importance is called {self.importance!r}; choose one of {', '.join(IMPORTANCES)}"
-            )
-        if self.scope not in ("global", "local"):
-            raise ConfigError(f"host.scope must be 'global' or 'local', not {self.scope!r}")
-        for name, least in (("rounds", 1), ("round_to", 1), ("interval", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"host.{name} must be at least {least}, not {getattr(self, name)}")
-        if isinstance(self.min_kept, float) and not 0 <= self.min_kept < 1:
-            raise ConfigError(
-                f"host.min_kept = {self.min_kept}: a float is a share, in [0, 1); write an int for a number"
-            )
+        check(self, "host")
 
     def graph(self, model: nn.Module, example_inputs: object) -> Graph:
         """Find the structures of a model."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 
+from decay_pruning.checks import Count, NotNegative, Share, Whole, check
 from decay_pruning.errors import BudgetError, ConfigError
 from decay_pruning.graph import Graph
-from decay_pruning.hosts.base import Goal, Phase, Picker, Scene
+from decay_pruning.hosts.base import Goal, Ignored, Phase, Picker, Scene
 from decay_pruning.hosts.gates import Gates, as_gated, fold, gate, with_role
 from decay_pruning.hosts.ranking import choose
 from decay_pruning.structures import Picks, Role, StructureSet
@@ -56,33 +57,26 @@ class GateDecorator:
         ConfigError: a value is out of range.
     """
 
-    tick: int = 391
-    tock: int = 3910
-    ticks: int = 10
-    share: float = 0.005
-    min_kept: float = 0.1
-    strength: float = 1e-3
-    lr_min: float = 1e-3
-    lr_max: float = 1e-2
-    eta: float = 0.0
+    tick: Whole = 391
+    tock: Count = 3910
+    ticks: Whole = 10
+    share: Share = 0.005
+    min_kept: Share = 0.1
+    strength: NotNegative = 1e-3
+    lr_min: NotNegative = 1e-3
+    lr_max: NotNegative = 1e-2
+    eta: NotNegative = 0.0
     decay_in: DecayIn = "tick"
-    ignored: tuple[str, ...] = ()
-    heads: Mapping[str, int] = field(default_factory=dict)
+    ignored: Ignored = ()
+    heads: Mapping[str, Whole] = field(default_factory=dict)
     allow_inexact: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("tick", 1), ("tock", 0), ("ticks", 1), ("strength", 0), ("eta", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"host.{name} must be at least {least}, not {getattr(self, name)}")
-        for name in ("share", "min_kept"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"host.{name} is a share in [0, 1), not {getattr(self, name)}")
-        if not 0 <= self.lr_min <= self.lr_max:
+        check(self, "host")
+        if self.lr_min > self.lr_max:
             raise ConfigError(
                 f"host.lr_min must lie between 0 and host.lr_max = {self.lr_max}, not {self.lr_min}"
             )
-        if self.decay_in not in get_args(DecayIn):
-            raise ConfigError(f"host.decay_in must be 'tick' or 'own', not {self.decay_in!r}")
 
     @property
     def rounds(self) -> int:

@@ -24,20 +24,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from decay_pruning.errors import BudgetError, ConfigError
+from decay_pruning.checks import Count, Positive, Share, Whole, above, at_least, check
+from decay_pruning.errors import BudgetError
 from decay_pruning.graph import Graph
-from decay_pruning.hosts.base import Goal, Picker, Scene
+from decay_pruning.hosts.base import Goal, Ignored, Picker, Scene
 from decay_pruning.hosts.ranking import choose
 from decay_pruning.slices import Sums
 from decay_pruning.structures import Picks, Place, Role, StructureSet
 
 DecayFrom = Literal["half-space", "partition"]
+Deadline = (
+    Annotated[int, at_least(1, what="a number of optimizer steps")]
+    | Annotated[float, above(0, most=1, what="a share of the training that is left")]
+)
 
 #: The producer side of a structure.
 ZERO_INVARIANT = frozenset({Role.ROW, Role.BIAS, Role.SCALE, Role.SHIFT})
@@ -70,40 +75,23 @@ class OTOv2:
         ConfigError: a value is out of range or unknown.
     """
 
-    lam: float | None = None
-    amplify: float | None = None
-    coeff: float | None = None
-    epsilon: float = 0.95
-    tolerance: float = 0.2
+    lam: Positive | None = None
+    amplify: Positive | None = None
+    coeff: Positive | None = None
+    epsilon: Share = 0.95
+    tolerance: Share = 0.2
     decay_from: DecayFrom = "half-space"
-    deadline: int | float | None = 0.5
-    remove_every: int = 1000
-    ignored: tuple[str, ...] = ()
-    heads: Mapping[str, int] = field(default_factory=dict)
+    deadline: Deadline | None = 0.5
+    remove_every: Count = 1000
+    ignored: Ignored = ()
+    heads: Mapping[str, Whole] = field(default_factory=dict)
     allow_inexact: bool = False
-    min_kept: int = 1
+    min_kept: Whole = 1
     rounds: ClassVar[int] = 0
     interval: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
-        for name in ("lam", "amplify", "coeff"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ConfigError(f"host.{name} must be above 0, not {value}")
-        for name in ("epsilon", "tolerance"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"host.{name} must be in [0, 1), not {getattr(self, name)}")
-        if self.decay_from not in get_args(DecayFrom):
-            raise ConfigError(f"host.decay_from must be 'half-space' or 'partition', not {self.decay_from!r}")
-        if isinstance(self.deadline, float) and not 0 < self.deadline <= 1:
-            raise ConfigError(
-                f"host.deadline = {self.deadline}: a float is the share of the training that is left, in (0, 1]; "
-                "write an int for a number of optimizer steps"
-            )
-        for name, least in (("deadline", 1), ("remove_every", 0), ("min_kept", 1)):
-            value = getattr(self, name)
-            if isinstance(value, int) and value < least:
-                raise ConfigError(f"host.{name} must be at least {least}, not {value}")
+        check(self, "host")
 
     def graph(self, model: nn.Module, example_inputs: object) -> Graph:
         """Find the structures of a model that have a producer side; the others are listed as not prunable."""

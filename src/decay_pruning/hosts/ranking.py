@@ -5,18 +5,24 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
 from decay_pruning.budget import Cost
-from decay_pruning.errors import BudgetError
+from decay_pruning.checks import Whole, at_least, checked, did_you_mean, shown
+from decay_pruning.errors import BudgetError, ConfigError
 from decay_pruning.hosts.base import Goal, Scene
+from decay_pruning.structures import StructureSet
 
 logger = logging.getLogger("decay_pruning")
 
 Scope = Literal["global", "local"]
+MinKept = (
+    Annotated[int, at_least(0, what="a number of structures")]
+    | Annotated[float, at_least(0, below=1, what="a share of a layer group")]
+)
 
 
 def choose(
@@ -44,8 +50,12 @@ def choose(
         strict: raise where the goal cannot be met; otherwise return all that may go.
 
     Raises:
+        ConfigError: a value is out of range, or scores that do not fit the structures.
         BudgetError: not even all that may go would meet the goal.
     """
+    scope, round_to = checked(scope, Scope, "scope"), checked(round_to, Whole, "round_to")
+    min_kept, strict = checked(min_kept, MinKept, "min_kept"), checked(strict, bool, "strict")
+    scores = _as_scores(scores, scene.structures)
     order: dict[str, Tensor] = {}
     ranks, owners = [], []
     names = [name for name in scene.structures.groups if name in scores]
@@ -104,3 +114,37 @@ def choose(
         for name, number in counts(low).items()
         if number
     }
+
+
+def _as_scores(scores: object, structures: StructureSet) -> dict[str, Tensor]:
+    """One float per structure of each layer group.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    if not isinstance(scores, Mapping):
+        raise ConfigError(f"scores are a mapping, layer group -> one per structure; got {shown(scores)}")
+    found = {}
+    for name, values in scores.items():
+        if name not in structures.groups:
+            hint = did_you_mean(name, structures.groups)
+            raise ConfigError(f"scores: there is no layer group {shown(name)}{hint}")
+        found[name] = score = _as_floats(values, name)
+        size = len(structures.groups[name])
+        if score.shape != (size,):
+            raise ConfigError(
+                f"scores of layer group {name!r} must be {size}, one per structure; got shape {tuple(score.shape)}"
+            )
+        if bool(score.isnan().any()):
+            raise ConfigError(f"scores of layer group {name!r} contain NaN, which has no rank")
+    return found
+
+
+def _as_floats(values: Any, name: str) -> Tensor:
+    try:
+        score = torch.as_tensor(values).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigError(f"scores of layer group {name!r} must be numbers, got {shown(values)}") from None
+    if score.is_complex():
+        raise ConfigError(f"scores of layer group {name!r} must be real numbers, got {score.dtype}")
+    return score

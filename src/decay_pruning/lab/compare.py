@@ -42,6 +42,7 @@ from decay_pruning.lab.parallel import Chain
 from decay_pruning.lab.peers import PEERS, TorchPruning, checked
 from decay_pruning.lab.recipe import Prune, Recipe
 from decay_pruning.lab.results import ARMS, Line, Result, Run
+from decay_pruning.lab.task import TOP1, blank
 from decay_pruning.lab.trainer import (
     NORMS,
     History,
@@ -52,7 +53,8 @@ from decay_pruning.lab.trainer import (
     evaluate,
     train,
 )
-from decay_pruning.pruner import Progress, Pruner
+from decay_pruning.progress import Progress
+from decay_pruning.pruner import Pruner
 from decay_pruning.rectify import SelfRectifying
 
 logger = logging.getLogger(__name__)
@@ -107,6 +109,7 @@ def compare(
     starts: str | Path | None = None,
     jobs: int = 1,
     watch: Watch | None = None,
+    on_begin: Callable[[Result], None] | None = None,
     on_run: Callable[[Run], None] | None = None,
 ) -> Result:
     """Run every arm with every seed that the result file in `out` does not hold yet.
@@ -121,6 +124,7 @@ def compare(
         starts: folder for dense starts, so that comparisons can share them; `out`/starts if not given.
         jobs: runs side by side, each in a process of its own with its part of the threads.
         watch: called after every optimizer step, for progress bars; not with several jobs.
+        on_begin: called before the first run with what there is: an earlier call's result, or one without runs.
         on_run: called when a run is done.
 
     Raises:
@@ -143,6 +147,8 @@ def compare(
     file = out / results.FILE
     data = recipe.data.load()
     result = _result(file, recipe, data, command, jobs)
+    if on_begin is not None:
+        on_begin(result)
     arms = sorted(set(arms), key=ARMS.index)
     runs: dict[int, list[partial[Run]]] = {}
     for seed in dict.fromkeys(seeds):
@@ -218,6 +224,8 @@ def dense_start(recipe: Recipe, data: Data, seed: int, folder: Path, watch: Watc
     if given is not None and recipe.sparse is None:
         models.load_weights(model, given)
         return model.to(_device(recipe))
+    if not recipe.dense.epochs and recipe.sparse is None:  # it came with its weights
+        return model.to(_device(recipe))
     file = folder / f"seed{seed}-{recipe.key_of_start(data, seed)}.safetensors"
     if file.is_file():
         logger.info("dense start of seed %d from %s", seed, file)
@@ -259,12 +267,12 @@ def run_arm(
     history = _train(
         recipe, recipe.prune, model, data, seed, job, watch, _pruner_of(arm, recipe.prune, recorder)
     )
-    one = torch.zeros(1, *data.shape, device=_device(recipe))
+    one = blank(data, 1, _device(recipe))
     before, after = measure(start, one), measure(model, one)
     if save_to is not None and _is_main() and arm not in PEERS:  # a manifest needs our own surgery
         save_to.parent.mkdir(parents=True, exist_ok=True)
         manifest.save(model, save_to)
-    batch = one.new_zeros(recipe.report.latency_batch, *data.shape)
+    batch = blank(data, recipe.report.latency_batch, _device(recipe))
     return Run(
         arm=arm,
         seed=seed,
@@ -444,13 +452,15 @@ def _result(file: Path, recipe: Recipe, data: Data, command: str, jobs: int) -> 
         ConfigError: it was made with other settings.
     """
     values = recipe.to_dict()
-    facts = {
+    facts: dict[str, Any] = {
         "name": data.name,
         "note": data.note,
         "train": len(data.labels("train")),
         "test": len(data.labels("test")),
-        "labels": hashlib.sha256(data.labels("test").numpy().tobytes()).hexdigest()[:12],
+        "labels": hashlib.sha256(data.labels("test").contiguous().numpy().tobytes()).hexdigest()[:12],
     }
+    if data.metric != TOP1:
+        facts["metric"] = data.metric.to_dict()
     new = Result.new(values, facts, command, str(_device(recipe)), jobs)
     if not file.is_file():
         return new
@@ -474,7 +484,10 @@ def _result(file: Path, recipe: Recipe, data: Data, command: str, jobs: int) -> 
 def _decisive(recipe: Mapping[str, Any], rectified: bool) -> dict[str, Any]:
     """A recipe without what does not change a figure; how it rectifies does only where there are such runs."""
     values = {k: v for k, v in recipe.items() if k not in ("name", "title")}
-    values["data"] = {k: v for k, v in values["data"].items() if k not in ("root", "workers")}
+    values["data"] = {
+        k: v for k, v in values["data"].items() if k not in ("root", "workers", "beside") and v != {}
+    }
+    values["model"] = {k: v for k, v in values["model"].items() if k != "beside"}
     values["report"] = {k: v for k, v in values["report"].items() if k != "save_models"}
     if not rectified:
         values["prune"] = {k: v for k, v in values["prune"].items() if k != "rectify"}

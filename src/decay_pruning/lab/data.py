@@ -15,12 +15,12 @@ import logging
 import os
 import pickle
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,10 +30,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from decay_pruning.errors import ConfigError, DataError
+from decay_pruning.lab import own
+from decay_pruning.lab.task import TOP1, VALIDATION_SEED, Loss, Metric, Samples, Split, TensorData
 
 logger = logging.getLogger(__name__)
 
-Split = Literal["train", "test"]
 #: Where an augmentation is asked for by name.
 AUGMENTATIONS = ("crop", "flip")
 DATA_SETS = ("digits", "cifar10", "imagefolder")
@@ -57,6 +58,8 @@ class ImageData:
         mean, std: shape (C,), float32, of the training pixels scaled to [0, 1].
         classes: class names; their order is that of the labels.
         note: where the data came from and what was done to it, for reports.
+        loss: cross-entropy if not given.
+        metric: what is measured on the test images.
     """
 
     name: str
@@ -68,6 +71,8 @@ class ImageData:
     std: Tensor
     classes: tuple[str, ...]
     note: str = ""
+    loss: Loss | None = None
+    metric: Metric = TOP1
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -99,6 +104,8 @@ class FolderData:
     classes: tuple[str, ...]
     size: int
     note: str = ""
+    loss: Loss | None = None
+    metric: Metric = TOP1
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -109,7 +116,7 @@ class FolderData:
         return self.train_y if split == "train" else self.test_y
 
 
-Data = ImageData | FolderData
+Data = ImageData | FolderData | TensorData
 
 
 def load(
@@ -119,28 +126,40 @@ def load(
     size: int | None = None,
     train_limit: int | None = None,
     test_limit: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    beside: str | os.PathLike[str] | None = None,
 ) -> Data:
     """Read a data set.
 
     Args:
         spec: "digits" (scikit-learn's 1,797 handwritten digits, no download), "cifar10" (the original pickled
-            batches, or Parquet files in the Hugging Face schema), or "imagefolder" (train/<class>/… and
-            val/<class>/… or test/<class>/…).
+            batches, or Parquet files in the Hugging Face schema), "imagefolder" (train/<class>/… and
+            val/<class>/… or test/<class>/…), or "module:function" for your own: a function that returns `TensorData`,
+            `ImageData` or `FolderData`. It is called with `options`, and with those of the following that are given.
         root: folder of the data; digits need none.
         size: height and width to scale down to ("imagefolder": to crop to, 224 if not given).
         train_limit, test_limit: keep only so many images of each part.
+        options: further arguments of a function of your own.
+        beside: a folder that its module is looked for in first.
 
     Raises:
-        ConfigError: an unknown `spec` or an impossible size or limit.
+        ConfigError: an unknown `spec`, an impossible size or limit, or a function that cannot be imported or called.
         DataError: the data is missing, incomplete or unreadable.
     """
-    if spec not in DATA_SETS:
+    if ":" not in spec and spec not in DATA_SETS:
         near = get_close_matches(spec, DATA_SETS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"unknown data set {spec!r}: choose one of {', '.join(DATA_SETS)}{hint}")
+        known = f"choose one of {', '.join(DATA_SETS)}, or module:function for your own"
+        raise ConfigError(f"unknown data set {spec!r}: {known}{hint}")
     for key, value in (("size", size), ("train_limit", train_limit), ("test_limit", test_limit)):
         if value is not None and value < 1:
             raise ConfigError(f"{key} must be at least 1, got {value}")
+    if ":" in spec:
+        given = {"root": root, "size": size, "train_limit": train_limit, "test_limit": test_limit}
+        given = {key: value for key, value in given.items() if value is not None}
+        return _own(spec, {**given, **(options or {})}, beside)
+    if options:
+        raise ConfigError(f"data set {spec!r} has no options; those are for a function of your own")
     if spec == "digits":
         data = _digits()
     else:
@@ -155,26 +174,50 @@ def load(
     return _finished(data, size, train_limit, test_limit)
 
 
-def split(data: ImageData, fraction: float, seed: int) -> ImageData:
+def _own(spec: str, options: Mapping[str, Any], beside: str | os.PathLike[str] | None) -> Data:
+    """What a function of your own returns."""
+    data = own.call(own.find(spec, "data set", beside), f"data set {spec!r}", {}, options)
+    if not isinstance(data, Data):
+        raise ConfigError(f"{spec} returned {type(data).__name__}, not TensorData, ImageData or FolderData")
+    return data
+
+
+def split(data: Data, fraction: float, seed: int) -> Data:
     """Hold out a part of the training images, class by class, as the new test part.
 
-    Settings can then be chosen without looking at the real test images.
+    Settings can then be chosen without looking at the real test images. Of samples that are made on the fly as many
+    are made from a seed that no run has.
 
     Args:
         fraction: share of the training images to hold out, in (0, 1).
         seed: chooses which.
     """
+    if isinstance(data, FolderData):
+        raise ConfigError("data.validation works on data sets that fit in memory, not on image folders")
     if not 0 < fraction < 1:
         raise ConfigError(f"fraction of the validation split must lie between 0 and 1, got {fraction}")
-    count = round(fraction * len(data.train_y))
-    if not 0 < count < len(data.train_y):
-        raise DataError(f"{len(data.train_y)} images cannot be split with fraction {fraction}")
-    order = torch.randperm(len(data.train_y), generator=_generator(seed))
-    held = torch.zeros(len(data.train_y), dtype=torch.bool)
-    held[_spread(data.train_y, count, order)] = True
+    labels = data.labels("train")
+    count = round(fraction * len(labels))
+    if not 0 < count < len(labels):
+        raise DataError(f"{len(labels)} images cannot be split with fraction {fraction}")
+    name = f"{data.name} (validation)"
+    if isinstance(data, TensorData) and callable(data.train):
+        x, y = data.train(VALIDATION_SEED, 0)
+        note = (
+            f"{data.note} Tested on {count:,} samples made like the training ones, from another seed.".strip()
+        )
+        return replace(data, name=name, test=(x[:count], y[:count]), note=note)
+    order = torch.randperm(len(labels), generator=_generator(seed))
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    of_classes = labels.dim() == 1 and not labels.is_floating_point()
+    held[_spread(labels, count, order) if of_classes else order[:count]] = True
+    if isinstance(data, TensorData):
+        x, y = data.samples("train")
+        note = f"{data.note} Tested on {count:,} held-out training samples (seed {seed}).".strip()
+        return replace(data, name=name, train=(x[~held], y[~held]), test=(x[held], y[held]), note=note)
     return replace(
         data,
-        name=f"{data.name} (validation)",
+        name=name,
         train_x=data.train_x[~held],
         train_y=data.train_y[~held],
         test_x=data.train_x[held],
@@ -186,9 +229,9 @@ def split(data: ImageData, fraction: float, seed: int) -> ImageData:
 class Batches:
     """The batches of a data set, normalised, on a device.
 
-    `epoch(n)` yields ``(x, y)`` with x of shape (B, C, H, W), float32, and y of shape (B,), int64. Training
-    batches are shuffled, augmented, and all of one size (what is left of an epoch is left out, other images
-    each time). Test batches come in order, unaugmented and complete.
+    `epoch(n)` yields ``(x, y)`` with x of shape (B, C, H, W), float32, and y of shape (B,), int64; or samples of
+    your own as they are. Training batches are shuffled, augmented, and all of one size (what is left of an epoch
+    is left out, other images each time). Test batches come in order, unaugmented and complete.
 
     Args:
         data: what to read.
@@ -225,6 +268,8 @@ class Batches:
         for name in augment:
             if name not in AUGMENTATIONS:
                 raise ConfigError(f"unknown augmentation {name!r}: choose from {', '.join(AUGMENTATIONS)}")
+        if augment and isinstance(data, TensorData):
+            raise ConfigError(f"augment is for images: {data.name} has to augment its samples itself")
         part = split or ("train" if train else "test")
         self.labels = data.labels(part)
         if batch_size < 1:
@@ -238,6 +283,9 @@ class Batches:
         self.device = torch.device(device)
         self.augment = tuple(augment) if train else ()
         self.rank, self.world, self.workers = rank, world, workers
+        self._part: Split = part
+        if isinstance(data, TensorData):
+            return
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         self._mean = (255 * data.mean).view(1, -1, 1, 1).to(self.device)
         self._scale = (1 / (255 * data.std)).view(1, -1, 1, 1).to(self.device)
@@ -263,7 +311,16 @@ class Batches:
         parts = [part[self.rank :: self.world] for part in _chunks(order, self.batch_size)[: len(self)]]
         if isinstance(self.data, FolderData):
             return self._decoded(self.data, parts, number)
+        if isinstance(self.data, TensorData):
+            samples = self.data.samples(self._part, self.seed, number)
+            return self._as_they_are(samples, parts)
         return self._resident([part.to(self.device) for part in parts], generator)
+
+    def _as_they_are(self, samples: Samples, parts: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        x, y = (part.to(self.device) for part in samples)
+        for rows in parts:
+            rows = rows.to(self.device)
+            yield x[rows], y[rows]
 
     def _resident(self, parts: list[Tensor], generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         count, _, height, width = self._x.shape

@@ -6,10 +6,7 @@ that weights trained elsewhere fit.
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -23,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from decay_pruning.errors import ConfigError, ManifestError
+from decay_pruning.lab import own
 
 
 class BasicBlock(nn.Module):
@@ -254,6 +252,7 @@ def build(
     channels: int | None = None,
     size: int | None = None,
     seed: int | None = None,
+    beside: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> nn.Module:
     """Make a model.
@@ -264,6 +263,7 @@ def build(
         classes, channels, size: outputs, input channels, and height and width of the images. Left out, the
             zoo's models take their usual values.
         seed: of the initial weights; the global random state is left alone. None draws from the global state.
+        beside: a folder that the module of your own function is looked for in first.
         options: further arguments of the model ("stem" of resnet50, "depth" of vit-b …).
 
     Raises:
@@ -272,7 +272,7 @@ def build(
     make: Callable[..., nn.Module]
     sizes: dict[str, int | None] = {"classes": classes, "channels": channels, "size": size}
     if ":" in name:
-        make = _import(name)
+        make = own.find(name, "model", beside)
     else:
         entry = _entry(name)
         make = entry.make
@@ -280,24 +280,11 @@ def build(
     for key, value in sizes.items():
         if value is not None and value < 1:
             raise ConfigError(f"model {name!r}: {key} must be at least 1, got {value}")
-    try:
-        taken = inspect.signature(make).parameters
-    except ValueError as error:
-        raise ConfigError(f"model {name!r}: its parameters cannot be read ({error})") from error
-    anything = any(p.kind is p.VAR_KEYWORD for p in taken.values())
-    unknown = [key for key in options if key not in taken and not anything]
-    if unknown:
-        near = get_close_matches(unknown[0], taken, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"model {name!r} has no option {unknown[0]!r}, only {', '.join(taken)}{hint}")
-    given = {key: value for key, value in sizes.items() if value is not None and (anything or key in taken)}
+    given = {key: value for key, value in sizes.items() if value is not None}
     with torch.random.fork_rng(devices=(), enabled=seed is not None):
         if seed is not None:
             torch.default_generator.manual_seed(seed)
-        try:
-            model = make(**given, **options)
-        except TypeError as error:
-            raise ConfigError(f"model {name!r} cannot be built: {error}") from error
+        model = own.call(make, f"model {name!r}", given, options)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{name} returned {type(model).__name__}, not an nn.Module")
     return model
@@ -317,23 +304,6 @@ def _entry(name: str) -> Entry:
             f"unknown model {name!r}: choose one of {', '.join(ZOO)}, or module:function for your own{hint}"
         )
     return ZOO[name]
-
-
-def _import(name: str) -> Callable[..., nn.Module]:
-    """The function of "module:function"; modules in the current folder are found too."""
-    module_name, _, function_name = name.partition(":")
-    here = os.getcwd()
-    sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(module_name)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"model {name!r}: cannot import the module {module_name!r} ({error})") from error
-    finally:
-        sys.path.remove(here)
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise ConfigError(f"model {name!r}: {module_name} has no function {function_name!r}")
-    return function  # type: ignore[no-any-return]
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:

@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from decay_pruning.budget import Cost, Target, measure
+from decay_pruning.checks import NotNegative, Share, Whole, check
 from decay_pruning.engine import Event
 from decay_pruning.errors import BudgetError, ConfigError
 from decay_pruning.hosts import DepGraph, Goal, Host
-from decay_pruning.pruner import Progress, PruningReport
+from decay_pruning.progress import Progress, PruningReport
 from decay_pruning.surgery import untouched
 
 logger = logging.getLogger(__name__)
@@ -59,9 +60,12 @@ class GrowingReg:
         updates: in how many equal parts it grows.
     """
 
-    base: float = 5e-4
-    growth: float = 1e-2
-    updates: int = 100
+    base: NotNegative = 5e-4
+    growth: NotNegative = 1e-2
+    updates: Whole = 100
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,11 @@ class Peer:
         growing: regularisation until the first removal.
     """
 
-    removals: tuple[float, ...]
+    removals: tuple[Share, ...]
     growing: GrowingReg | None = None
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 PEERS: dict[str, Peer] = {

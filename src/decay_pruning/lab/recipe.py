@@ -1,6 +1,6 @@
 """Recipes: everything that a run depends on, as one tree of dataclasses that a TOML file fills.
 
-[data]          which images
+[data]          which images, or a data set of your own with its loss and metric
 [model]         which network
 [dense]         how the dense start is trained, or where its weights lie
 [sparse]        optional: epochs of sparse learning between dense start and pruning, the same for all arms
@@ -19,16 +19,17 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
 from decay_pruning.budget import Target
+from decay_pruning.checks import Count, NotNegative, Positive, Share, Whole, check
 from decay_pruning.decay import SmoothPruning
 from decay_pruning.errors import ConfigError
 from decay_pruning.hosts import HOSTS, DepGraph, Host, SparseLearning
 from decay_pruning.lab import data as data_sets
-from decay_pruning.lab import models, settings
+from decay_pruning.lab import models, own, settings
 from decay_pruning.lab.data import Data
 from decay_pruning.lab.trainer import TrainSettings
 from decay_pruning.rectify import SelfRectifying
@@ -36,10 +37,13 @@ from decay_pruning.rectify import SelfRectifying
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Which images.
+    """Which images, or other samples.
 
     Attributes:
-        name: "digits", "cifar10" or "imagefolder".
+        name: "digits", "cifar10" or "imagefolder", or "module:function" for your own, a function that returns
+            `lab.task.TensorData`.
+        options: what else your own function takes.
+        beside: a folder that its module is looked for in first; of a recipe file, its own.
         root: folder of the data; digits need none.
         size: height and width to scale down to.
         train_limit, test_limit: use only so many images of each part.
@@ -49,16 +53,17 @@ class DataSettings:
     """
 
     name: str = "digits"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    beside: str | None = None
     root: str | None = None
-    size: int | None = None
-    train_limit: int | None = None
-    test_limit: int | None = None
-    validation: float = 0.0
-    workers: int = 0
+    size: Whole | None = None
+    train_limit: Whole | None = None
+    test_limit: Whole | None = None
+    validation: Share = 0.0
+    workers: Count = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.validation < 1:
-            raise ConfigError(f"validation is a share in [0, 1), not {self.validation}")
+        check(self)
 
     def load(self) -> Data:
         """Read the images.
@@ -72,12 +77,10 @@ class DataSettings:
             size=self.size,
             train_limit=self.train_limit,
             test_limit=self.test_limit,
+            options=self.options,
+            beside=self.beside,
         )
-        if not self.validation:
-            return data
-        if not isinstance(data, data_sets.ImageData):
-            raise ConfigError("data.validation works on data sets that fit in memory, not on image folders")
-        return data_sets.split(data, self.validation, seed=0)
+        return data_sets.split(data, self.validation, seed=0) if self.validation else data
 
 
 @dataclass(frozen=True)
@@ -87,17 +90,28 @@ class ModelSettings:
     Attributes:
         name: one of the zoo, or "module:function" for your own.
         options: what else it takes, such as stem = "cifar" for resnet50.
+        beside: a folder that the module of your own is looked for in first; of a recipe file, its own.
     """
 
     name: str = "resnet-digits"
     options: Mapping[str, Any] = field(default_factory=dict)
+    beside: str | None = None
+
+    def __post_init__(self) -> None:
+        check(self)
 
     def build(self, data: Data, seed: int) -> nn.Module:
         """A fresh network that fits the data, with weights that depend on the seed alone."""
-        channels, size, _ = data.shape
-        classes = len(data.classes)
+        channels, size, _ = data.shape if len(data.shape) == 3 else (None, None, None)
+        classes = len(data.classes) or None
         return models.build(
-            self.name, classes=classes, channels=channels, size=size, seed=seed, **self.options
+            self.name,
+            classes=classes,
+            channels=channels,
+            size=size,
+            seed=seed,
+            beside=self.beside,
+            **self.options,
         )
 
 
@@ -106,8 +120,11 @@ class Dense(TrainSettings):
     """How the dense start is trained.
 
     Attributes:
+        epochs: 0 where the model comes with its weights.
         weights: a file with its weights, in place of any training.
     """
+
+    at_least_one_step: ClassVar[bool] = False
 
     weights: str | None = None
 
@@ -119,6 +136,10 @@ class Sparse(TrainSettings):
     strength: float = SparseLearning.strength
     alpha: float = SparseLearning.alpha
     every: int = SparseLearning.every
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.learning  # which has the ranges
 
     @property
     def learning(self) -> SparseLearning:
@@ -138,7 +159,7 @@ class Prune(TrainSettings):
         rectify: when they are let go again, or None.
     """
 
-    start: float = 0.0
+    start: NotNegative = 0.0
     target: Target = field(default_factory=lambda: Target(macs=0.5))
     host: Host = field(default_factory=DepGraph, metadata=settings.Kinds(lambda: HOSTS, "depgraph").metadata)
     smooth: SmoothPruning = field(default_factory=SmoothPruning)
@@ -146,7 +167,7 @@ class Prune(TrainSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.start < self.epochs:
+        if self.start >= self.epochs:
             raise ConfigError(f"start = {self.start} must lie within the {self.epochs} epochs of this phase")
 
 
@@ -160,13 +181,12 @@ class ReportSettings:
         save_models: keep the pruned model of every run (not of those in `lab.peers`).
     """
 
-    eval_every: float = 1.0
-    latency_batch: int = 64
+    eval_every: Positive = 1.0
+    latency_batch: Whole = 64
     save_models: bool = False
 
     def __post_init__(self) -> None:
-        if self.eval_every <= 0 or self.latency_batch < 1:
-            raise ConfigError("eval_every must be above 0 and latency_batch at least 1")
+        check(self)
 
 
 @dataclass(frozen=True)
@@ -188,6 +208,9 @@ class Recipe:
     sparse: Sparse | None = None
     prune: Prune = field(default_factory=Prune)
     report: ReportSettings = field(default_factory=ReportSettings)
+
+    def __post_init__(self) -> None:
+        check(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
@@ -213,6 +236,12 @@ class Recipe:
         parts = {name: values[name] for name in ("device", "data", "model", "dense", "sparse")}
         shared = Recipe.from_dict(parts).to_dict()  # once more, so that 10 and 10.0 are the same
         del shared["report"], shared["data"]["root"], shared["data"]["workers"]
+        for section, what in (("data", "data set"), ("model", "model")):
+            name, beside = shared[section]["name"], shared[section].pop("beside")
+            if ":" in name:
+                shared[section]["code"] = own.fingerprint(name, what, beside)
+        if not shared["data"]["options"]:
+            del shared["data"]["options"]
         shared["prune"] = values["prune"]["host"] if self.sparse is not None else None
         if self.dense.weights is not None:
             shared["dense"] = hashlib.sha256(Path(self.dense.weights).expanduser().read_bytes()).hexdigest()
@@ -229,4 +258,8 @@ def load(path: str | Path, assignments: Iterable[str] = ()) -> Recipe:
     path = Path(path)
     values = settings.read(path)
     values.setdefault("name", path.stem)
-    return Recipe.from_dict(settings.override(values, assignments))
+    values = settings.override(values, assignments)
+    for section in (values.get("data"), values.get("model")):
+        if isinstance(section, dict) and ":" in str(section.get("name")):
+            section.setdefault("beside", str(path.parent.resolve()))
+    return Recipe.from_dict(values)

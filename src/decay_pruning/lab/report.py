@@ -89,7 +89,7 @@ def _panel(result: Result, arm: str) -> str:
     y_ticks = ticks(low, high, 4)
     accuracy = Frame(left, 256, inner, 118, (0, steps), (y_ticks[0], y_ticks[-1]))
 
-    parts = [text(left, 18, TITLES.get(arm, arm), "head", arm), text(left, 40, _story(runs), "sub")]
+    parts = [text(left, 18, TITLES.get(arm, arm), "head", arm), text(left, 40, _story(result, arm), "sub")]
     parts.append(norms.axes(_caption(runs[0]), y_ticks=(0, 0.5, 1)))
     lines = {}
     for line in runs[0].lines:  # those that look alike are drawn once
@@ -105,7 +105,9 @@ def _panel(result: Result, arm: str) -> str:
         x = norms.x + norms.width
         parts.append(text(x, norms.y + 14, f"● {released_count:,} released", "sub end", "released"))
 
-    parts.append(accuracy.axes("test accuracy, %", y_ticks=y_ticks, x_ticks=x_ticks))
+    parts.append(
+        accuracy.axes(f"test {result.metric.word}{result.metric.of}", y_ticks=y_ticks, x_ticks=x_ticks)
+    )
     for other in result.arms:
         if other != arm:
             kind = "ghost dash" if other == "dense" else "ghost"
@@ -124,12 +126,11 @@ def _panel(result: Result, arm: str) -> str:
     return "".join(parts)
 
 
-def _story(runs: Sequence[Run]) -> str:
-    final = sum(run.accuracy for run in runs) / len(runs)
+def _story(result: Result, arm: str) -> str:
+    runs, show = result.of(arm), result.metric.show
+    final = f"{show(sum(run.accuracy for run in runs) / len(runs))} at the end"
     removed = [run.accuracy_removed for run in runs if run.accuracy_removed is not None]
-    if not removed:
-        return f"{final:.2f} % at the end"
-    return f"{sum(removed) / len(removed):.1f} % just after removal, {final:.2f} % at the end"
+    return f"{show(sum(removed) / len(removed), 1)} just after removal, {final}" if removed else final
 
 
 def _caption(run: Run) -> str:
@@ -175,8 +176,8 @@ def _inside(values: Sequence[float], most: float) -> list[float]:
 
 
 def _spoken(result: Result) -> str:
-    told = "; ".join(f"{TITLES.get(arm, arm)}: {_story(result.of(arm))}" for arm in result.arms)
-    return f"{_title(result)}. Norms of fading structures and test accuracy over optimizer steps. {told}."
+    told = "; ".join(f"{TITLES.get(arm, arm)}: {_story(result, arm)}" for arm in result.arms)
+    return f"{_title(result)}. Norms of fading structures and test {result.metric.word} over optimizer steps. {told}."
 
 
 # -- sections of the page --------------------------------------------------------------------------
@@ -219,16 +220,25 @@ def _table(result: Result) -> str:
     spread = (
         "Mean ± standard deviation over seeds." if len(result.seeds) > 1 else "One seed: no spread is known."
     )
+    metric = result.metric
+    points = "points" if metric.unit == "%" else metric.unit
+    unit, end = escape(metric.of), f"{escape(metric.title)} at the end"
+    better = "" if metric.higher_is_better else f" Lower {escape(metric.word)} is better."
     return (
         "<section><h2>What came out</h2>"
         "<div class=scroll tabindex=0 role=region aria-label='Table of arms'><table>"
-        "<thead><tr><th scope=col>Arm<th scope=col>Top-1 at the end, %<th scope=col>Against one step, points"
-        "<th scope=col>Just after removal, %<th scope=col>MACs kept, %<th scope=col>Parameters kept, %"
+        f"<thead><tr><th scope=col>Arm<th scope=col>{end}{unit}"
+        f"<th scope=col>Against one step{escape(f', {points}' if points else '')}"
+        f"<th scope=col>Just after removal{unit}<th scope=col>MACs kept, %<th scope=col>Parameters kept, %"
         "<th scope=col>Latency, ms<th scope=col>Released</tr></thead>"
         f"<tbody>{rows}</tbody></table></div><p class=note>{spread} All arms of a seed start from the same "
-        "dense model, see the same images in the same order, and take the same number of steps; accuracy is "
-        f"that of the last step, never of the best.{single}</p></section>\n"
+        f"dense model, see the same {_samples(result)} in the same order, and take the same number of steps; "
+        f"{escape(metric.word)} is that of the last step, never of the best.{better}{single}</p></section>\n"
     )
+
+
+def _samples(result: Result) -> str:
+    return "samples" if ":" in str(result.recipe.get("data", {}).get("name", "")) else "images"
 
 
 def _table_row(s: Summary) -> str:
@@ -268,14 +278,15 @@ def _fading(result: Result) -> str:
         return ""
     panels = ""
     for arm in arms:
-        name = f"{TITLES[arm]}: {_story(result.of(arm))}"
+        name = f"{TITLES[arm]}: {_story(result, arm)}"
         panels += f"<figure>{svg(_WIDTH, _HEIGHT, _panel(result, arm), name)}</figure>"
     ghosts = " Grey: the other arms" + (" (dashed: not pruned)." if "dense" in result.arms else ".")
     shown = f" Norms are those of seed {result.seeds[0]}" + (
         ", a sample of its structures." if any(len(r.lines) > 40 for r in result.runs) else "."
     )
     return (
-        f"<section><h2>How structures fade, and what it does to accuracy</h2><div class=panels>{panels}</div>"
+        f"<section><h2>How structures fade, and what it does to {escape(result.metric.word)}</h2>"
+        f"<div class=panels>{panels}</div>"
         f"<p class=note>{'' if len(result.arms) == 1 else ghosts.strip()}{shown} "
         "1 is the norm at the pick.</p>"
         "</section>\n"
@@ -291,7 +302,7 @@ def _charts(result: Result) -> str:
 
 
 def _seeds(result: Result) -> str:
-    """Each seed's accuracy in every arm, joined by a line."""
+    """Each seed's metric in every arm, joined by a line."""
     arms = result.arms
     values = [run.accuracy for run in result.runs]
     y_ticks = ticks(min(values), max(values), 4)
@@ -299,7 +310,7 @@ def _seeds(result: Result) -> str:
     frame = Frame(48, 62, 320 if many else 340, 180, (-0.35, len(arms) - 0.65), (y_ticks[0], y_ticks[-1]))
     parts = [
         text(0, 18, "Every seed", "head big"),
-        frame.axes("test accuracy at the end, %", y_ticks=y_ticks),
+        frame.axes(f"test {result.metric.word} at the end{result.metric.of}", y_ticks=y_ticks),
     ]
     for seed in result.seeds:
         runs = [(float(i), run.accuracy) for i, arm in enumerate(arms) if (run := result.find(arm, seed))]
@@ -312,7 +323,7 @@ def _seeds(result: Result) -> str:
         400,
         296 if many else 280,
         "".join(parts),
-        "Test accuracy at the end, each seed joined across the arms",
+        f"Test {result.metric.word} at the end, each seed joined across the arms",
     )
 
 

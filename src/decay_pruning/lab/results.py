@@ -26,6 +26,7 @@ from decay_pruning import __version__
 from decay_pruning.errors import ConfigError
 from decay_pruning.lab import parallel, settings
 from decay_pruning.lab.stats import Difference, Spread, paired, spread
+from decay_pruning.lab.task import Scale
 
 FORMAT = 1
 #: Name of the result file in an output folder.
@@ -64,7 +65,7 @@ class Run:
     """One arm with one seed.
 
     Attributes:
-        accuracy: top-1 on the test images after the last step, in percent.
+        accuracy: top-1 on the test images after the last step, in percent; or the metric of a data set of your own.
         accuracy_start: of the dense start.
         accuracy_removed: just after the last removal, before any further step; None for `dense`.
         macs, params, structures: before and after, for one image.
@@ -98,7 +99,7 @@ class Result:
 
     Attributes:
         recipe: `Recipe.to_dict()`, paths shortened to their last part.
-        data: name, note, and how many images of each part.
+        data: name, note, and how many images of each part; how to read the metric, if it is not top-1.
         versions, machine: what it ran with and on.
     """
 
@@ -132,6 +133,11 @@ class Result:
     def of(self, arm: str) -> list[Run]:
         """All runs of an arm, by seed."""
         return sorted((run for run in self.runs if run.arm == arm), key=lambda run: run.seed)
+
+    @property
+    def metric(self) -> Scale:
+        """How to read the accuracies of its runs."""
+        return Scale(**self.data.get("metric", {}))
 
     @property
     def arms(self) -> list[str]:
@@ -249,9 +255,9 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any], at: str = "
 
 
 def anonymous(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's values with the paths of data and weights cut to their last part: they name a machine."""
+    """A recipe's values with the paths of data, code and weights cut to their last part: they name a machine."""
     values = {k: dict(v) if isinstance(v, Mapping) else v for k, v in recipe.items()}
-    for section, key in (("data", "root"), ("dense", "weights")):
+    for section, key in (("data", "root"), ("data", "beside"), ("model", "beside"), ("dense", "weights")):
         if values.get(section, {}).get(key):
             values[section][key] = Path(values[section][key]).name
     return values

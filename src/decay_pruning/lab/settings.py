@@ -11,11 +11,11 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
-from difflib import SequenceMatcher
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
+from decay_pruning.checks import nearest as nearest
 from decay_pruning.errors import ConfigError
 
 T = TypeVar("T")
@@ -43,9 +43,9 @@ class Kinds:
             ConfigError: no such kind.
         """
         known = self.registry()
-        if chosen not in known:
+        if not isinstance(chosen, str) or chosen not in known:
             raise ConfigError(f"{key}.kind: {_expected_one_of(known, chosen)}")
-        return known[cast(str, chosen)]
+        return known[chosen]
 
     def name(self, value: object) -> str:
         """The kind of a value."""
@@ -148,13 +148,6 @@ def read(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read the recipe {path}: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
-
-
-def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that is most like `word`, if any is like it."""
-    scored = [(SequenceMatcher(None, word.lower(), k.lower()).ratio(), k) for k in known]
-    score, best = max(scored, default=(0.0, ""))
-    return best if score >= 0.6 else None
 
 
 # -- inside --------------------------------------------------------------------------

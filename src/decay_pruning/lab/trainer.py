@@ -9,12 +9,11 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from difflib import get_close_matches
 from functools import partial
-from typing import Any, Literal, Protocol, get_args
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +22,11 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from decay_pruning.checks import NotNegative, OneOf, Positive, Share, Whole, check, checked
 from decay_pruning.errors import ConfigError
 from decay_pruning.hosts import Phase
-from decay_pruning.lab.data import AUGMENTATIONS, Batches, Data, Split
+from decay_pruning.lab.data import AUGMENTATIONS, Batches, Data
+from decay_pruning.lab.task import Split
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class TrainSettings:
     """How to train.
 
     Attributes:
-        epochs: passes over the data; parts of one are fine (2.5).
+        epochs: passes over the data, above 0; parts of one are fine (2.5).
         batch_size: images per optimizer step, over all processes and accumulated parts.
         lr: the highest learning rate.
         lr_min: the lowest; cosine ends there, triangular starts and ends there.
@@ -90,53 +91,32 @@ class TrainSettings:
         compile: run the model through `torch.compile`; it is compiled again after each removal.
     """
 
-    epochs: float = 10
-    batch_size: int = 128
-    lr: float = 0.1
-    lr_min: float = 0.0
+    at_least_one_step: ClassVar[bool] = True
+
+    epochs: NotNegative = 10
+    batch_size: Whole = 128
+    lr: Positive = 0.1
+    lr_min: NotNegative = 0.0
     schedule: ScheduleName = "cosine"
-    milestones: tuple[float, ...] = ()
-    gamma: float = 0.1
+    milestones: tuple[Positive, ...] = ()
+    gamma: Positive = 0.1
     optimizer: OptimizerName = "sgd"
-    momentum: float = 0.9
+    momentum: Share = 0.9
     nesterov: bool = False
-    weight_decay: float = 5e-4
-    label_smoothing: float = 0.0
-    augment: tuple[str, ...] = ()
-    mixup: float = 0.0
+    weight_decay: NotNegative = 5e-4
+    label_smoothing: Share = 0.0
+    augment: tuple[Annotated[str, OneOf(AUGMENTATIONS)], ...] = ()
+    mixup: NotNegative = 0.0
     precision: Precision = "no"
-    accumulate: int = 1
-    clip_norm: float | None = None
+    accumulate: Whole = 1
+    clip_norm: Positive | None = None
     channels_last: bool = False
     compile: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "milestones", _tuple("milestones", self.milestones))
-        object.__setattr__(self, "augment", _tuple("augment", self.augment))
-        _number("epochs", self.epochs, above=0)
-        _number("lr", self.lr, above=0)
-        _number("lr_min", self.lr_min, least=0)
-        _number("gamma", self.gamma, above=0)
-        _number("momentum", self.momentum, least=0, below=1)
-        _number("weight_decay", self.weight_decay, least=0)
-        _number("label_smoothing", self.label_smoothing, least=0, below=1)
-        _number("mixup", self.mixup, least=0)
-        if self.clip_norm is not None:
-            _number("clip_norm", self.clip_norm, above=0)
-        for milestone in self.milestones:
-            _number("milestones", milestone, above=0)
-        for name in ("batch_size", "accumulate"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
-        for name in ("nesterov", "channels_last", "compile"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
-        _choice("schedule", self.schedule, get_args(ScheduleName))
-        _choice("optimizer", self.optimizer, get_args(OptimizerName))
-        _choice("precision", self.precision, get_args(Precision))
-        for augmentation in self.augment:
-            _choice("augment", augmentation, AUGMENTATIONS)
+        check(self)
+        if self.at_least_one_step and not self.epochs:
+            raise ConfigError("epochs must be above 0, not 0")
         if self.lr_min > self.lr:
             raise ConfigError(f"lr_min {self.lr_min} is larger than lr {self.lr}")
         if self.batch_size % self.accumulate:
@@ -162,35 +142,6 @@ class TrainSettings:
         return self.lr_min + (self.lr - self.lr_min) * share
 
 
-def _number(
-    name: str,
-    value: object,
-    *,
-    above: float | None = None,
-    least: float | None = None,
-    below: float = math.inf,
-) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ConfigError(f"{name} must be a number, got {value!r}")
-    if (above is not None and value <= above) or (least is not None and value < least) or value >= below:
-        wanted = f"above {above}" if above is not None else f"at least {least}"
-        wanted += f" and below {below}" if below < math.inf else ""
-        raise ConfigError(f"{name} must be {wanted}, got {value}")
-
-
-def _choice(name: str, value: object, known: Sequence[str]) -> None:
-    if value not in known:
-        near = get_close_matches(str(value), known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{name} must be one of {', '.join(known)}, got {value!r}{hint}")
-
-
-def _tuple(name: str, value: object) -> tuple[Any, ...]:
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise ConfigError(f"{name} must be a list, got {value!r}")
-    return tuple(value)
-
-
 @dataclass(frozen=True)
 class Step:
     """What a progress bar can show after an optimizer step.
@@ -214,9 +165,10 @@ class History:
     Attributes:
         rows: a dict for each of some two hundred steps and for every evaluation, in order. Always: step
             (optimizer steps taken), epoch, lr, loss (mean since the last row). At evaluations: accuracy (of
-            the test images, percent) and why ("epoch", "end", or "removal": the pruner has just met its
-            target). With a pruner: macs, params, decaying, held, released, removed; and norms (structure →
-            share of its norm that is left) of at most `NORMS` structures while any decays.
+            the test images, percent, or the data's own metric) and why ("epoch", "end", or "removal": the
+            pruner has just met its target). With a pruner: macs, params, decaying, held, released, removed;
+            and norms (structure → share of its norm that is left) of at most `NORMS` structures while any
+            decays.
         steps: optimizer steps taken.
         seconds: spent training, evaluations not counted.
         report: what the pruner's `finish()` returned, or None.
@@ -268,28 +220,31 @@ def train(
 
 
 def evaluate(model: nn.Module, data: Data, split: Split = "test", *, batch_size: int = 500) -> float:
-    """Accuracy in percent, where the model is and in its own precision; its training flags are restored."""
+    """The metric of the data (top-1 accuracy in percent), where the model is and in its own precision.
+
+    The model's training flags are restored.
+    """
     parameter = next(model.parameters())
     batches = Batches(data, batch_size, device=parameter.device, train=False, split=split)
-    right = _right(model, batches, nullcontext, parameter.dtype)
-    return 100 * right.item() / len(batches.labels)
+    total = _total(model, batches, nullcontext, parameter.dtype)
+    return data.metric.mean(total.item(), len(batches.labels))
 
 
-def _right(
+def _total(
     model: nn.Module, batches: Batches, context: Callable[[], AbstractContextManager[Any]], dtype: torch.dtype
 ) -> Tensor:
-    """How many images `model` classifies rightly: a 0-d tensor on the device."""
+    """The sum of the metric's scores over all batches: a 0-d tensor on the device."""
     modes = {module: module.training for module in model.modules()}
-    right = torch.zeros((), dtype=torch.int64, device=batches.device)
+    total = torch.zeros((), dtype=torch.float64, device=batches.device)
     model.eval()
     try:
         with torch.no_grad(), context():
             for x, y in batches:
-                right += model(x.to(dtype)).argmax(1).eq(y).sum()
+                total += batches.data.metric.total(model(x.to(dtype) if x.is_floating_point() else x), y)
     finally:
         for module, mode in modes.items():
             module.training = mode
-    return right
+    return total
 
 
 class Training:
@@ -322,7 +277,10 @@ class Training:
             # 1×1 convolution in this format writes past its memory.
             if settings.channels_last:
                 raise ConfigError("channels_last needs a GPU: on a CPU, oneDNN can crash after pruning")
+        if data.loss is not None and settings.label_smoothing:
+            raise ConfigError(f"label_smoothing is for cross-entropy, and {data.name} has a loss of its own")
         self.settings, self.seed, self.model = settings, seed, model
+        self._own_loss = data.loss
         self.accelerator = _accelerator(settings, cpu)
         self.device: torch.device = self.accelerator.device
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -374,7 +332,7 @@ class Training:
             Whatever the pruner raises: GraphError, SurgeryError, BudgetError.
         """
         if eval_every is not None:
-            _number("eval_every", eval_every, above=0)
+            checked(eval_every, Positive, "eval_every")
         cuda = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
             torch.manual_seed(self.seed)
@@ -388,9 +346,17 @@ class Training:
                 self._forward = self.model
 
     def evaluate(self) -> float:
-        """Test accuracy in percent, in the precision of the training, over all processes."""
-        right = _right(self.model, self.test, self.accelerator.autocast, torch.float32)
-        return 100 * int(self.accelerator.reduce(right, "sum")) / len(self.test.labels)
+        """The metric on the test samples, in the precision of the training, over all processes.
+
+        Raises:
+            ConfigError: it is not a finite number.
+        """
+        total = _total(self.model, self.test, self.accelerator.autocast, torch.float32)
+        metric = self.test.data.metric
+        value = metric.mean(float(self.accelerator.reduce(total, "sum")), len(self.test.labels))
+        if not math.isfinite(value):
+            raise ConfigError(f"the metric {metric.name!r} of the test samples is {value}")
+        return value
 
     def _loop(
         self, pruner: PrunerLike | None, on_step: Callable[[Step], None], eval_every: float | None
@@ -439,6 +405,8 @@ class Training:
             with self.accelerator.accumulate(self._forward):
                 with self.accelerator.autocast():
                     part = self._loss(x, y)
+                if part.dim():
+                    raise ConfigError(f"the loss must be one number, and has the shape {tuple(part.shape)}")
                 self.accelerator.backward(part)
                 loss += part.detach() / parts
                 if settings.clip_norm is not None and self.accelerator.sync_gradients:
@@ -448,8 +416,8 @@ class Training:
         return loss
 
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
-        """Mean cross-entropy of a batch, mixed with its own permutation where the settings say so."""
-        loss = partial(F.cross_entropy, label_smoothing=self.settings.label_smoothing)
+        """Mean loss of a batch, mixed with its own permutation where the settings say so."""
+        loss = self._own_loss or partial(F.cross_entropy, label_smoothing=self.settings.label_smoothing)
         if not self.settings.mixup:
             return loss(self._forward(x), y)
         alpha = torch.tensor(self.settings.mixup)

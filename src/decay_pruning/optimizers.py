@@ -1,0 +1,121 @@
+"""Optimizers as users have them: inside wrappers, with state that can be cut or cannot, with a closure or without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from decay_pruning import surgery
+from decay_pruning.errors import ConfigError, SurgeryError
+
+
+def chain(optimizer: Any) -> list[Optimizer]:
+    """An optimizer and those inside it, the innermost last: the one of which `step` moves the weights.
+
+    Wrappers such as Accelerate's, Lookahead or SAM keep the optimizer that they drive in an attribute.
+
+    Raises:
+        ConfigError: there is no `torch.optim.Optimizer` anywhere in it.
+    """
+    found: list[Optimizer] = []
+    while optimizer is not None and all(optimizer is not each for each in found):
+        if isinstance(optimizer, Optimizer) and hasattr(optimizer, "_optimizer_step_pre_hooks"):
+            found.append(optimizer)
+        inside = [each for each in getattr(optimizer, "__dict__", {}).values() if isinstance(each, Optimizer)]
+        optimizer = inside[0] if inside else None
+    if not found:
+        raise ConfigError(
+            f"optimizer must be a torch.optim.Optimizer, or have one inside, not {type(optimizer).__name__}"
+        )
+    return found
+
+
+def check(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
+    """Refuse, before anything is touched, what could not be cut in the end.
+
+    Raises:
+        ConfigError: the parameters are sharded or flattened, the optimizer trains none of them, or it is of a kind of
+            which the state cannot be cut.
+    """
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if kind in ("FullyShardedDataParallel", "DistributedDataParallel", "DataParallel", "OptimizedModule"):
+            where = "the model" if not name else f"{name!r}"
+            raise ConfigError(
+                f"{where} is wrapped in {kind}: build the pruner from the plain model, and wrap it afterwards (anew "
+                "after each removal)"
+            )
+    for name, p in model.named_parameters():
+        if hasattr(p, "full_tensor"):
+            raise ConfigError(
+                f"{name!r} is a distributed tensor (DTensor), and sharded parameters are not supported yet: prune "
+                "before the model is sharded, or use replicated data parallelism"
+            )
+    optimizers = list(optimizers)
+    for optimizer in optimizers:
+        if isinstance(optimizer, LBFGS):
+            raise ConfigError(
+                "LBFGS keeps one flat history of all parameters, which cannot be cut; use a first-order optimizer"
+            )
+        if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
+            raise ConfigError(
+                "ZeroRedundancyOptimizer keeps the state of other ranks, which cannot be cut here; use the optimizer "
+                "that it wraps, under DistributedDataParallel"
+            )
+    trained = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+    if not any(id(p) in trained for p in model.parameters()):
+        raise ConfigError("the optimizer trains none of the model's parameters: build it from this model")
+
+
+def check_state(optimizers: Iterable[Optimizer], parameters: Mapping[str, Tensor]) -> None:
+    """Whether what the optimizers keep of these parameters by now could be cut.
+
+    Raises:
+        ConfigError: it could not; the message names the parameter.
+    """
+    try:
+        for optimizer in optimizers:
+            surgery.check_state(optimizer, parameters)
+    except SurgeryError as error:
+        raise ConfigError(f"{error}") from None
+
+
+class Closure:
+    """`optimizer.step(closure)`: gradients are there when the closure returns, not before.
+
+    Args:
+        closure: the user's.
+        ready: called once, when gradients are there.
+    """
+
+    def __init__(self, closure: Callable[[], Any], ready: Callable[[], None]) -> None:
+        self._closure = closure
+        self._ready = ready
+        self.calls = 0
+
+    def __call__(self) -> Any:
+        self.calls += 1
+        if self.calls > 1:
+            raise ConfigError(
+                "this optimizer calls its closure more than once in a step, so that it is not known which gradients it "
+                "goes by; use one that calls it once"
+            )
+        with torch.enable_grad():
+            loss = self._closure()
+        self._ready()
+        return loss
+
+
+def with_closure(
+    args: tuple[Any, ...], kwargs: dict[str, Any], ready: Callable[[], None]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The arguments of `step` with the closure among them wrapped; None where there is none."""
+    if callable(closure := kwargs.get("closure")):
+        return args, {**kwargs, "closure": Closure(closure, ready)}
+    if len(args) > 1 and callable(args[1]) and not isinstance(args[1], Tensor | nn.Module):
+        return (args[0], Closure(args[1], ready), *args[2:]), kwargs
+    return None

@@ -1,0 +1,72 @@
+"""What a pruner tells: where it is, and what was done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a pruner is. MACs and parameters are those of the model as it is now; the rest counts structures."""
+
+    step: int
+    round: int
+    macs: int
+    params: int
+    macs_start: int
+    params_start: int
+    decaying: int
+    held: int
+    released: int
+    removed: int
+
+
+@dataclass(frozen=True)
+class PruningReport:
+    """What was done. Pairs are (before, after).
+
+    Attributes:
+        macs, params, structures: of the whole model.
+        picked: picks made, those of `picked_again` included.
+        decayed: structures whose decay came to its end.
+        released: structures let go by self-rectifying.
+        picked_again: structures picked again after a release.
+        removed: structures that are gone.
+        rounds: picks of the host.
+        steps: optimizer steps from the start to the last removal.
+        widths: layer group → (before, after).
+        unprunable: what was never considered → the reason.
+    """
+
+    macs: tuple[int, int]
+    params: tuple[int, int]
+    structures: tuple[int, int]
+    picked: int
+    decayed: int
+    released: int
+    picked_again: int
+    removed: int
+    rounds: int
+    steps: int
+    widths: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    unprunable: Mapping[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        def share(pair: tuple[int, int]) -> str:
+            return f"{pair[0]:,} -> {pair[1]:,} ({100 * pair[1] / max(1, pair[0]):.1f} %)"
+
+        return "\n".join(
+            [
+                f"MACs        {share(self.macs)}",
+                f"parameters  {share(self.params)}",
+                f"structures  {share(self.structures)}",
+                f"picked {self.picked} (again after a release: {self.picked_again}), decayed {self.decayed}, "
+                f"released {self.released}, removed {self.removed}, in {self.rounds} rounds and {self.steps} steps",
+            ]
+        )
