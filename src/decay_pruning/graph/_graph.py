@@ -78,7 +78,7 @@ class Graph:
         families.choose(found)
         structures, sites = families.assemble(found)
         if verify and structures.groups:
-            structures = _proven(found, structures, example_inputs, allow_inexact)
+            structures = _proven(found, structures, sites, example_inputs, allow_inexact)
             structures = _say_where(structures, sites)
         if not allow_inexact:
             structures = demote(structures)
@@ -142,24 +142,46 @@ class Graph:
             ) from error
 
 
-def _proven(found: Trace, structures: StructureSet, example_inputs: Any, allow_inexact: bool) -> StructureSet:
-    """What passes the trial as it is, and what passes it when attributes follow."""
-    plain = verified(found.model, structures, example_inputs, allow_inexact)
+def _proven(
+    found: Trace,
+    structures: StructureSet,
+    sites: Mapping[str, str],
+    example_inputs: Any,
+    allow_inexact: bool,
+) -> StructureSet:
+    """What passes the trial. Where the code splits a width, attributes follow at first; what fails is tried the other way."""
+
+    def trial(groups: Mapping[str, LayerGroup], follow: Iterable[str]) -> tuple[StructureSet, StructureSet]:
+        mine = replace(structures, groups={name: groups[name] for name in follow})
+        more = with_candidates(found, mine)
+        tried = replace(structures, groups={**groups, **more.groups}, sizes=more.sizes)
+        return tried, verified(found.model, tried, example_inputs, allow_inexact)
+
+    tried, first = trial(structures.groups, sites)
     failed = {
         name: group
         for name, group in structures.groups.items()
-        if name not in plain.groups or plain.groups[name].inexact != group.inexact
+        if name not in first.groups or first.groups[name].inexact != group.inexact
     }
-    tried = with_candidates(found, replace(structures, groups=failed))
-    if not tried.groups:
-        return plain
-    again = verified(found.model, tried, example_inputs, allow_inexact)
-    passed = {name: g for name, g in again.groups.items() if g.inexact == failed[name].inexact}
-    groups = {name: passed.get(name, plain.groups.get(name)) for name in structures.groups}
+    other = {
+        name: group
+        for name, group in failed.items()
+        if len(tried.groups[name].couplings) == len(group.couplings)
+    }
+    again = with_candidates(found, replace(structures, groups=other)).groups
+    again = {**again, **{name: group for name, group in failed.items() if name not in other}}
+    if not again:
+        return first
+    sizes = with_candidates(found, structures).sizes
+    second = verified(
+        found.model, replace(structures, groups=again, sizes=sizes), example_inputs, allow_inexact
+    )
+    passed = {name: g for name, g in second.groups.items() if g.inexact == failed[name].inexact}
+    groups = {name: passed.get(name, first.groups.get(name)) for name in structures.groups}
     return StructureSet(
         groups={name: group for name, group in groups.items() if group is not None},
-        sizes=tried.sizes,
-        unprunable={name: why for name, why in plain.unprunable.items() if name not in passed},
+        sizes=sizes,
+        unprunable={name: why for name, why in first.unprunable.items() if name not in passed},
     )
 
 
