@@ -149,30 +149,21 @@ def _proven(
     example_inputs: Any,
     allow_inexact: bool,
 ) -> StructureSet:
-    """What passes the trial. Where the code splits a width, attributes follow at first; what fails is tried the other way."""
-
-    def trial(groups: Mapping[str, LayerGroup], follow: Iterable[str]) -> tuple[StructureSet, StructureSet]:
-        mine = replace(structures, groups={name: groups[name] for name in follow})
-        more = with_candidates(found, mine)
-        tried = replace(structures, groups={**groups, **more.groups}, sizes=more.sizes)
-        return tried, verified(found.model, tried, example_inputs, allow_inexact)
-
-    tried, first = trial(structures.groups, sites)
+    """What passes the trial: first with attributes where the code splits a width, then the other way round."""
+    split = with_candidates(found, replace(structures, groups={n: structures.groups[n] for n in sites}))
+    tried = replace(structures, groups={**structures.groups, **split.groups}, sizes=split.sizes)
+    first = verified(found.model, tried, example_inputs, allow_inexact)
     failed = {
         name: group
         for name, group in structures.groups.items()
         if name not in first.groups or first.groups[name].inexact != group.inexact
     }
-    other = {
-        name: group
-        for name, group in failed.items()
-        if len(tried.groups[name].couplings) == len(group.couplings)
-    }
-    again = with_candidates(found, replace(structures, groups=other)).groups
-    again = {**again, **{name: group for name, group in failed.items() if name not in other}}
+    fresh = {name: group for name, group in failed.items() if name not in split.groups}
+    other = with_candidates(found, replace(structures, groups=fresh))
+    again = {**other.groups, **{n: g for n, g in failed.items() if n in split.groups}}
     if not again:
         return first
-    sizes = with_candidates(found, structures).sizes
+    sizes = {**split.sizes, **other.sizes}
     second = verified(
         found.model, replace(structures, groups=again, sizes=sizes), example_inputs, allow_inexact
     )
