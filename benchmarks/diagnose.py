@@ -35,7 +35,7 @@ from decay_pruning import Pruner
 from decay_pruning.budget import CostModel
 from decay_pruning.engine import Event
 from decay_pruning.hosts import DepGraph
-from decay_pruning.hosts.depgraph import IMPORTANCES
+from decay_pruning.hosts.importance import IMPORTANCES
 from decay_pruning.lab import compare, recipe, results
 from decay_pruning.lab.data import Batches, Data
 from decay_pruning.lab.models import BasicBlock, Bottleneck

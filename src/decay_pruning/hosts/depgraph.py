@@ -1,6 +1,6 @@
 """DepGraph (Fang et al., CVPR 2023): rank structures of the dependency graph by group importance, prune the lowest.
 
-Importance functions come from torch-pruning. Sparse learning, its optional preparation, adds a group regulariser to the
+Importance functions are in `importance`. Sparse learning, its optional preparation, adds a group regulariser to the
 gradients before the first pick.
 """
 
@@ -11,28 +11,19 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 
 from decay_pruning.checks import Count, NotNegative, OneOf, Whole, at_least, check
 from decay_pruning.errors import ConfigError
 from decay_pruning.graph import Graph
+from decay_pruning.hosts import importance as importances
 from decay_pruning.hosts.base import Goal, Ignored, Picker, Scene
+from decay_pruning.hosts.importance import IMPORTANCES
 from decay_pruning.hosts.ranking import MinKept, Scope, choose
 from decay_pruning.structures import Picks, Role, StructureSet
 
-Importance = Callable[[Any], Tensor | None]
+Importance = importances.Importance | Callable[[Any], Tensor | None]
 ImportanceName = Literal["magnitude", "magnitude-l1", "taylor", "fpgm", "lamp", "random", "bn-scale"]
-
-IMPORTANCES: dict[str, Callable[[], Importance]] = {
-    "magnitude": lambda: tp.importance.GroupMagnitudeImportance(p=2),
-    "magnitude-l1": lambda: tp.importance.GroupMagnitudeImportance(p=1),
-    "taylor": lambda: tp.importance.GroupTaylorImportance(),
-    "fpgm": lambda: tp.importance.FPGMImportance(),
-    "lamp": lambda: tp.importance.LAMPImportance(),
-    "random": lambda: tp.importance.RandomImportance(),
-    "bn-scale": lambda: tp.importance.BNScaleImportance(),
-}
 
 
 @dataclass(frozen=True)
@@ -64,7 +55,8 @@ class DepGraph:
     """DepGraph as a host.
 
     Attributes:
-        importance: a name, or any function of a torch-pruning group that returns one score per channel.
+        importance: a name, one of `hosts.importance`, or one of torch-pruning's importances (any function of a group as
+            it has them that returns one score per channel).
         scope: "global" ranks over all layer groups, "local" takes the same share of each.
         ignored: modules that keep their width: dotted names.
         heads: layers whose outputs are attention heads → number of heads; a structure is then the same offset in

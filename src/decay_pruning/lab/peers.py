@@ -30,12 +30,21 @@ from decay_pruning.checks import NotNegative, Share, Whole, check
 from decay_pruning.engine import Event
 from decay_pruning.errors import BudgetError, ConfigError
 from decay_pruning.hosts import DepGraph, Goal, Host
-from decay_pruning.hosts.depgraph import IMPORTANCES
 from decay_pruning.progress import Progress, PruningReport
 from decay_pruning.surgery import untouched
 
 logger = logging.getLogger(__name__)
 
+#: torch-pruning's own importance for each name that DepGraph has.
+_IMPORTANCES: dict[str, Callable[[], Any]] = {
+    "magnitude": lambda: tp.importance.GroupMagnitudeImportance(p=2),
+    "magnitude-l1": lambda: tp.importance.GroupMagnitudeImportance(p=1),
+    "taylor": lambda: tp.importance.GroupTaylorImportance(),
+    "fpgm": lambda: tp.importance.FPGMImportance(),
+    "lamp": lambda: tp.importance.LAMPImportance(),
+    "random": lambda: tp.importance.RandomImportance(),
+    "bn-scale": lambda: tp.importance.BNScaleImportance(),
+}
 #: How exactly torch-pruning's ratio is searched: a share of all channels.
 _PRECISION = 5e-4
 
@@ -287,7 +296,7 @@ class TorchPruning:
             return kind(
                 model,
                 self._example,
-                importance=IMPORTANCES[importance]() if isinstance(importance, str) else importance,
+                importance=_IMPORTANCES[importance]() if isinstance(importance, str) else importance,
                 global_pruning=self._host.scope == "global",
                 ignored_layers=ignored,
                 in_channel_groups={},  # its defaults are shared by all pruners, and filled

@@ -1,0 +1,147 @@
+"""Importance: one number per structure, from the values of its slices (as DepGraph and its relatives define it).
+
+Each layer of a layer group gives every structure a value; the values are averaged over the layers, and divided by their
+mean over the layer group, so that layer groups can be compared.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from decay_pruning import surgery
+from decay_pruning.structures import Coupling, LayerGroup, Role
+
+
+class Importance(ABC):
+    """Scores all structures of one layer group."""
+
+    @abstractmethod
+    def score(self, model: nn.Module, group: LayerGroup) -> Tensor | None:
+        """Shape (S,), in the order of `ids`; None where there is nothing to say."""
+
+
+class _OverLayers(Importance):
+    """The mean over layers of what each says, divided by the mean over the layer group."""
+
+    roles = frozenset({Role.ROW, Role.COLUMN, Role.SCALE})
+
+    @torch.no_grad()
+    def score(self, model: nn.Module, group: LayerGroup) -> Tensor | None:
+        values = [
+            value
+            for coupling, module, tensor in _layers(model, group)
+            if coupling.role in self.roles
+            and (value := self.of_layer(group, coupling, module, tensor)) is not None
+        ]
+        if not values:
+            return None
+        return self.normalise(sum(values[1:], values[0]) / len(values))
+
+    def normalise(self, values: Tensor) -> Tensor:
+        return values / values.mean()
+
+    @abstractmethod
+    def of_layer(
+        self, group: LayerGroup, coupling: Coupling, module: nn.Module, tensor: nn.Parameter
+    ) -> Tensor | None:
+        """One value per structure from one layer, or None."""
+
+
+class Magnitude(_OverLayers):
+    """Σ|w|^p over the rows, columns and scales of a structure."""
+
+    def __init__(self, p: int = 2) -> None:
+        self.p = p
+
+    def of_layer(
+        self, group: LayerGroup, coupling: Coupling, module: nn.Module, tensor: nn.Parameter
+    ) -> Tensor | None:
+        return _per_structure(tensor.detach().abs().pow(self.p), coupling, group)
+
+
+class LAMP(Magnitude):
+    """Magnitude, divided by the sum of all that are at least as large (layer-adaptive magnitude pruning)."""
+
+    def normalise(self, values: Tensor) -> Tensor:
+        ascending, order = values.sort()
+        rest = values.sum() - torch.cat([ascending.new_zeros(1), ascending.cumsum(0)[:-1]])
+        return torch.zeros_like(values).scatter_(0, order, ascending / rest)
+
+
+class BatchNormScale(Magnitude):
+    """|γ| of batch-norms alone (network slimming)."""
+
+    def __init__(self) -> None:
+        super().__init__(p=1)
+
+    def of_layer(
+        self, group: LayerGroup, coupling: Coupling, module: nn.Module, tensor: nn.Parameter
+    ) -> Tensor | None:
+        return super().of_layer(group, coupling, module, tensor) if isinstance(module, _BatchNorm) else None
+
+
+class Taylor(_OverLayers):
+    """Σ|w · ∂loss/∂w|: how much the loss would change, to first order."""
+
+    def of_layer(
+        self, group: LayerGroup, coupling: Coupling, module: nn.Module, tensor: nn.Parameter
+    ) -> Tensor | None:
+        if tensor.grad is None:
+            return None
+        gradient = tensor.grad.to_dense() if tensor.grad.is_sparse else tensor.grad
+        return _per_structure((tensor.detach() * gradient).abs(), coupling, group)
+
+
+class GeometricMedian(_OverLayers):
+    """Distance to all other structures of the layer (filter pruning by geometric median), over squared weights."""
+
+    roles = frozenset({Role.ROW, Role.COLUMN})
+
+    def of_layer(
+        self, group: LayerGroup, coupling: Coupling, module: nn.Module, tensor: nn.Parameter
+    ) -> Tensor | None:
+        count = torch.bincount(coupling.owner, minlength=len(group))
+        if int(count.min()) != int(count.max()):
+            return None
+        order = coupling.position[torch.argsort(coupling.owner, stable=True)].to(tensor.device)
+        slices = tensor.detach().movedim(coupling.dim, 0)[order].reshape(len(group), -1).square()
+        return torch.cdist(slices[None], slices[None])[0].sum(0).cpu()
+
+
+class Random(Importance):
+    """A number between 0 and 1."""
+
+    def score(self, model: nn.Module, group: LayerGroup) -> Tensor | None:
+        return torch.rand(len(group))
+
+
+def _layers(model: nn.Module, group: LayerGroup) -> Iterator[tuple[Coupling, nn.Module, nn.Parameter]]:
+    for coupling in group.couplings:
+        module, leaf = surgery.parent(model, coupling.tensor)
+        tensor = getattr(module, leaf)
+        if isinstance(tensor, nn.Parameter):
+            yield coupling, module, tensor
+
+
+def _per_structure(values: Tensor, coupling: Coupling, group: LayerGroup) -> Tensor:
+    """Sum over the slice of each structure, on the CPU."""
+    rest = [d for d in range(values.ndim) if d != coupling.dim]
+    along = (values.sum(rest) if rest else values).float().cpu()
+    return torch.zeros(len(group)).index_add_(0, coupling.owner, along[coupling.position])
+
+
+#: Name → a new importance.
+IMPORTANCES: dict[str, Callable[[], Importance]] = {
+    "magnitude": lambda: Magnitude(2),
+    "magnitude-l1": lambda: Magnitude(1),
+    "taylor": Taylor,
+    "fpgm": GeometricMedian,
+    "lamp": LAMP,
+    "random": Random,
+    "bn-scale": BatchNormScale,
+}
