@@ -126,7 +126,10 @@ CUT: dict[str, tuple[Build, dict[str, int]]] = {
         net(lambda m, x: m.b(F.glu(m.a(x), -1)), T, a=nn.Linear(6, 10), b=nn.Linear(5, 2)),
         {"a": 5},
     ),
-    "negative slice": (net(lambda m, x: m.b(m.a(x)[:, -3:]), X, a=conv(3, 8), b=conv(3, 2)), {"a": 5}),
+    "negative slice": (
+        net(lambda m, x: m.b(m.a(x)[:, -3:]) + m.c(m.a(x)[:, :-3]), X, a=conv(3, 8), b=conv(3, 2), c=conv(5, 2)),
+        {"a": 5},
+    ),
     "stack and sum": (
         net(
             lambda m, x: m.c(torch.stack([m.a(x), m.b(x)]).sum(0)),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from decay_pruning.graph.axes import reason
+from decay_pruning.graph.axes import leaves, reason
 from decay_pruning.graph.trace import Trace
 from decay_pruning.structures import Role, StructureSet
 
@@ -62,4 +62,7 @@ def _of_weights(trace: Trace, weights: list[str]) -> str:
     why = max((found for axis in axes if (found := reason(axis))), default=None)
     if why is not None:
         return why.text
-    return LAST if all(axis.size == 1 for axis in axes) else "has no width that another layer reads"
+    if all(axis.size == 1 for axis in axes):
+        return LAST
+    where = next((atom.site for axis in axes for atom in leaves(axis) if atom.site), None)
+    return f"is taken apart, one structure at a time, by {where}" if where else "has no width of its own"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -151,10 +151,17 @@ class _Family:
     def producers(self, aliases: Mapping[str, Sequence[str]]) -> list[str]:
         """Layers that produce this width, in the order of the model."""
         for role in _PRODUCES:
-            tensors = [tensor for (tensor, _), (mine, _, _) in self.places.items() if mine is role]
-            if tensors:
-                return list(dict.fromkeys(owner_of(name) for t in tensors for name in aliases.get(t, [t])))
+            found = self.members(aliases, (role,))
+            if found:
+                return found
         return [owner_of(tensor) for tensor, _ in self.places]
+
+    def members(
+        self, aliases: Mapping[str, Sequence[str]], roles: Collection[Role] = _PRODUCES
+    ) -> list[str]:
+        """Layers in whose parameters this width stands in one of these roles."""
+        tensors = [tensor for (tensor, _), (mine, _, _) in self.places.items() if mine in roles]
+        return list(dict.fromkeys(owner_of(name) for t in tensors for name in aliases.get(t, [t])))
 
     @property
     def produced(self) -> list[Place]:
@@ -189,7 +196,7 @@ def assemble(trace: Trace) -> tuple[StructureSet, dict[str, str], dict[str, str]
         if why is not None:
             if family.produced:
                 refused.append((names, why, family.produced))
-                shared |= {n: names[0] for n in names if n not in shared}
+                shared |= {n: names[0] for n in family.members(aliases) if n not in shared}
             continue
         if not family.produced:  # what no layer makes is no width of the model's own
             continue
@@ -197,7 +204,7 @@ def assemble(trace: Trace) -> tuple[StructureSet, dict[str, str], dict[str, str]
         if name is None:
             first = min(int(positions[0].min()) for _, _, positions in family.places.values())
             name = f"{names[0]}[{first}:]"
-        shared |= {n: name for n in names if n not in shared}
+        shared |= {n: name for n in family.members(aliases) if n not in shared}
         couplings = family.couplings()
         groups[name] = LayerGroup(name, torch.arange(family.atom.size), couplings, family.atom.mixed)
         if family.atom.site:

@@ -129,6 +129,14 @@ def _recurrent(layer: Layer) -> None:
     layer.attribute("input_size", layer.axis("weight_ih_l0", 1))
 
 
+def _recurrent_cell(layer: Layer) -> None:
+    width = layer.axis("weight_hh", 1)
+    layer.role("weight_hh", Role.ROW, Role.COLUMN)
+    layer.role("weight_ih", Role.ROW, Role.COLUMN)
+    layer.attribute("hidden_size", width)
+    layer.attribute("input_size", layer.axis("weight_ih", 1))
+
+
 def _attention(layer: Layer) -> None:
     """The width that goes in is the width inside, and its heads stay: the layer asserts both."""
     m = layer.module
@@ -192,6 +200,7 @@ LAYERS: tuple[tuple[type[nn.Module], Callable[[Layer], None]], ...] = (
     (nn.Embedding, _embedding),
     (nn.EmbeddingBag, _embedding),
     (nn.RNNBase, _recurrent),
+    (nn.RNNCellBase, _recurrent_cell),
     (nn.MultiheadAttention, _attention),
 )
 

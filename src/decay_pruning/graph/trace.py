@@ -366,6 +366,11 @@ class Op:
     def role(self, axis: Axis, role: Role) -> None:
         self.trace.note_role(axis, role)
 
+    def _unknown(self, text: str) -> list[Axes]:
+        every = [axis for t in self.inputs for axis in self.axes(t)]
+        self.refuse(every, text, name=str(self.function))
+        return [[self.fixed(int(n)) for n in t.shape] for t in self.outputs]
+
     def results(self) -> list[Axes]:
         """Axes of every output, by the rule of this operation."""
         from decay_pruning.graph.rules import rule_of
@@ -374,10 +379,12 @@ class Op:
         if rule is None:
             if not self.inputs:  # a new tensor: as wide as the code says
                 return [[Atom(int(n)) for n in t.shape] for t in self.outputs]
-            every = [axis for t in self.inputs for axis in self.axes(t)]
-            self.refuse(every, "goes through an operation without a rule,", name=str(self.function))
-            return [[self.fixed(int(n)) for n in t.shape] for t in self.outputs]
-        found = rule(self)
+            return self._unknown("goes through an operation without a rule,")
+        try:
+            found = rule(self)
+        except Exception as error:  # costs what goes through this operation, and nothing else
+            log.debug("the rule of %s fails", self.function, exc_info=True)
+            return self._unknown(f"goes through an operation whose rule fails ({proof.first_line(error)}),")
         lists: list[Axes] = found if found and isinstance(found[0], list) else [found] * len(self.outputs)  # type: ignore[list-item]
         lists = lists + [[]] * (len(self.outputs) - len(lists))
         return [
@@ -407,8 +414,10 @@ def trace(model: nn.Module, example_inputs: Sequence[Any]) -> Trace:
         raise GraphError(f"{found.silence}, so its layers cannot be traced")
     if any(True for _ in model.children()):
         for example in example_inputs:
-            try:
-                found.run(example, training=True)
-            except Exception as error:  # wants targets, or more than one example for a batch-norm
-                log.debug("not traced in training mode: %s: %s", type(error).__name__, error)
+            for batch in (example, proof.doubled(example, example)):  # a batch-norm may want more than one
+                try:
+                    found.run(batch, training=True)
+                    break
+                except Exception as error:  # wants targets, for example
+                    log.debug("not traced in training mode: %s", proof.first_line(error))
     return found

@@ -90,6 +90,8 @@ def mark(op: Op, axes: Sequence[Axis]) -> None:
     "new_zeros",
     "new_ones",
     "new_full",
+    "new_empty",
+    "new_empty_strided",
 )
 def elementwise(op: Op) -> Axes:
     """Dimensions from the last on are one, where neither has size 1."""
