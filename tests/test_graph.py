@@ -318,15 +318,23 @@ def test_whole_heads_are_structures_where_the_model_follows() -> None:
     assert model.blocks[1].attn.heads == 3
 
 
-def test_heads_that_stand_in_the_code_as_numbers_get_a_hint() -> None:
-    def run(m: Any, x: Tensor) -> Tensor:
-        q, k, v = m.qkv(x).view(2, 6, 3, 3, 4).permute(2, 0, 3, 1, 4)
-        return m.out(((q @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2).reshape(2, 6, 12))
+@pytest.mark.parametrize(
+    ("shape", "size"), [((3, 3, -1), 4), ((3, -1, 4), 3), ((-1, 3, 4), None), ((3, 3, 4), None)]
+)
+def test_of_heads_and_offsets_the_one_that_the_code_lets_go_is_offered(
+    shape: tuple[int, ...], size: int | None
+) -> None:
+    """What stands in the code as a number cannot go; then it is the other family's turn."""
 
-    model = Net(run, enter=nn.Linear(5, 5), qkv=nn.Linear(5, 36), out=nn.Linear(12, 2))
-    found = reasons(model, image(2, 6, 5))["qkv"]
-    assert "its width is split by view (test_graph.py:" in found
-    assert "give their number in heads={layer: number}" in found
+    def run(m: Any, x: Tensor) -> Tensor:
+        q, k, v = m.qkv(x).view(2, 6, *shape).permute(2, 0, 3, 1, 4)
+        return m.out(((q @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    model = Net(run, enter=nn.Linear(5, 7), qkv=nn.Linear(5, 36), out=nn.Linear(12, 2))
+    layers = Graph(nn.Sequential(nn.Linear(5, 5), model), image(2, 6, 5)).structures
+    assert len(layers.groups.get("1.qkv", ())) == (size or 0)
+    if size is None:
+        assert "its width is split by view (test_graph.py:" in layers.unprunable["1.qkv"]
 
 
 @pytest.mark.parametrize("name", INEXACT)

@@ -125,29 +125,6 @@ def test_a_width_is_shared_with_a_layer_that_is_named() -> None:
     assert said["more"].startswith("shares its width with 'enter': removal is not exact: LayerNorm 'norm'")
 
 
-# ------------------------------------------------------------------------------------------------- advice
-
-
-def heads(m: Net, x: Tensor) -> Tensor:
-    q, k, v = m.qkv(x).view(2, 5, 3, 3, 4).permute(2, 0, 3, 1, 4)
-    return m.out(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
-
-
-def shuffled(m: Net, x: Tensor) -> Tensor:
-    return m.out(m.qkv(x).view(2, 5, 2, 18).transpose(2, 3).flatten(2)).softmax(-1)
-
-
-@pytest.mark.parametrize(("run", "advice"), [(heads, True), (shuffled, False)])
-def test_heads_are_asked_for_where_there_may_be_some(run: Callable[..., Any], advice: bool) -> None:
-    torch.manual_seed(0)
-    model = Net(
-        lambda m, x: run(m, m.enter(m.first(x))),
-        first=nn.Linear(6, 7), enter=nn.Linear(7, 6), qkv=nn.Linear(6, 36), out=nn.Linear(12 if advice else 36, 4),
-    )  # fmt: skip
-    said = Graph(model, image(2, 5, 6)).structures.unprunable["qkv"]
-    assert ("heads={" in said) == advice, said
-
-
 def test_no_name_is_suggested_for_itself() -> None:
     model = net(lambda m, x: x + m.odd(x), odd=nn.GELU())
     with pytest.raises(ConfigError) as error:

@@ -127,7 +127,13 @@ CUT: dict[str, tuple[Build, dict[str, int]]] = {
         {"a": 5},
     ),
     "negative slice": (
-        net(lambda m, x: m.b(m.a(x)[:, -3:]) + m.c(m.a(x)[:, :-3]), X, a=conv(3, 8), b=conv(3, 2), c=conv(5, 2)),
+        net(
+            lambda m, x: m.b(m.a(x)[:, -3:]) + m.c(m.a(x)[:, :-3]),
+            X,
+            a=conv(3, 8),
+            b=conv(3, 2),
+            c=conv(5, 2),
+        ),
         {"a": 5},
     ),
     "stack and sum": (

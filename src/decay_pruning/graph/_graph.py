@@ -14,10 +14,10 @@ from torch.nn.parameter import is_lazy
 
 from decay_pruning.checks import shown
 from decay_pruning.errors import ConfigError, GraphError
-from decay_pruning.graph import _reasons, families, layers
+from decay_pruning.graph import _reasons, choices, layers
 from decay_pruning.graph._verify import demote, verified
-from decay_pruning.graph.attributes import with_candidates
 from decay_pruning.graph.channels import Channels
+from decay_pruning.graph.proposals import Proposals
 from decay_pruning.graph.trace import Trace, trace
 from decay_pruning.structures import LayerGroup, StructureSet
 
@@ -73,15 +73,16 @@ class Graph:
         skip = _resolve_ignored(model, ignored)
         found = trace(model, [example_inputs, *more_inputs])
         layers.describe(found)
-        families.ignore(found, skip)
-        families.name_heads(found, heads, lambda name: _no_heads(found, name))
-        families.choose(found)
-        structures, sites, shared = families.assemble(found)
-        if verify and structures.groups:
-            structures = _proven(found, structures, sites, example_inputs, allow_inexact)
-            structures = _say_where(structures, sites)
+        choices.ignore(found, skip)
+        choices.name_heads(found, heads, lambda name: _no_heads(found, name))
+        proposals = Proposals(found, allow_inexact)
+        structures = proposals.first() if verify else proposals.assembly.structures
+        if verify:
+            structures = verified(model, structures, example_inputs, allow_inexact, proposals.second)
+            structures = proposals.located(structures)
         if not allow_inexact:
             structures = demote(structures)
+        shared = proposals.assembly.shared
         structures = replace(structures, unprunable=_reasons.named(found, structures, shared))
         if not structures.groups:
             reasons = "\n".join(
@@ -142,49 +143,6 @@ class Graph:
                 f"{type(importance).__name__} cannot score layer group {group.name!r}: "
                 f"{type(error).__name__}: {error}"
             ) from error
-
-
-def _proven(
-    found: Trace,
-    structures: StructureSet,
-    sites: Mapping[str, str],
-    example_inputs: Any,
-    allow_inexact: bool,
-) -> StructureSet:
-    """What passes the trial: first with attributes where the code splits a width, then the other way round."""
-    split = with_candidates(found, replace(structures, groups={n: structures.groups[n] for n in sites}))
-    tried = replace(structures, groups={**structures.groups, **split.groups}, sizes=split.sizes)
-    first = verified(found.model, tried, example_inputs, allow_inexact)
-    failed = {
-        name: group
-        for name, group in structures.groups.items()
-        if name not in first.groups or first.groups[name].inexact != group.inexact
-    }
-    fresh = {name: group for name, group in failed.items() if name not in split.groups}
-    other = with_candidates(found, replace(structures, groups=fresh))
-    again = {**other.groups, **{n: g for n, g in failed.items() if n in split.groups}}
-    if not again:
-        return first
-    sizes = {**split.sizes, **other.sizes}
-    second = verified(
-        found.model, replace(structures, groups=again, sizes=sizes), example_inputs, allow_inexact
-    )
-    passed = {name: g for name, g in second.groups.items() if g.inexact == failed[name].inexact}
-    groups = {name: passed.get(name, first.groups.get(name)) for name in structures.groups}
-    return StructureSet(
-        groups={name: group for name, group in groups.items() if group is not None},
-        sizes=sizes,
-        unprunable={name: why for name, why in first.unprunable.items() if name not in passed},
-    )
-
-
-def _say_where(structures: StructureSet, sites: Mapping[str, str]) -> StructureSet:
-    """Name the line that splits a width whose removal does not run: there stands a number that does not follow it."""
-    told = {
-        name: f"{why}; its width is split by {sites[name]}" if name in sites else why
-        for name, why in structures.unprunable.items()
-    }
-    return replace(structures, unprunable=told)
 
 
 def _no_heads(found: Trace, name: str) -> str:

@@ -78,7 +78,7 @@ class Trace:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.modules = {module: name for name, module in model.named_modules()}
-        self.parameters = {name for name, _ in model.named_parameters()}
+        self.parameters = dict(model.named_parameters())
         self.dims: dict[Place, Dim] = {}
         self.attributes: dict[Place, Axis] = {}
         self.groups: dict[nn.Module, Axis] = {}
@@ -410,7 +410,7 @@ def trace(model: nn.Module, example_inputs: Sequence[Any]) -> Trace:
             raise GraphError(
                 f"the model cannot be traced with these example inputs: {type(error).__name__}: {error}"
             ) from error
-    if not found.live & found.parameters:
+    if not found.live & found.parameters.keys():
         raise GraphError(f"{found.silence}, so its layers cannot be traced")
     if any(True for _ in model.children()):
         for example in example_inputs:
