@@ -34,8 +34,7 @@ from trials import made, options
 from decay_pruning import Pruner
 from decay_pruning.budget import CostModel
 from decay_pruning.engine import Event
-from decay_pruning.hosts import DepGraph
-from decay_pruning.hosts.importance import IMPORTANCES
+from decay_pruning.hosts import DepGraph, importance
 from decay_pruning.lab import compare, recipe, results
 from decay_pruning.lab.data import Batches, Data
 from decay_pruning.lab.models import BasicBlock, Bottleneck
@@ -127,8 +126,10 @@ class Diary:
         )  # fmt: skip
         optimizer.register_step_pre_hook(lambda *_: self._gradients())
         self._costs = CostModel(model, example[:1], self._pruner.original)
-        self._scores = self._pruner.graph.scores(
-            IMPORTANCES[prune.host.importance](), self._pruner.structures
+        self._scores = importance.scores(
+            importance.IMPORTANCES[prune.host.importance](prune.host.reduction),
+            model,
+            self._pruner.structures,
         )
         self._losses = Losses(copy.deepcopy(model), self._few)
         self._copied = dict(self._losses.model.named_parameters())

@@ -37,6 +37,21 @@ FADING: Grid = {
 
 GRIDS: dict[str, Grid] = {
     "arms": {arm: (arm, []) for arm in results.ARMS},
+    "ranking": {  # what one-step pruning costs under each ranking: importance, normalizer, layers, price
+        f"{importance}, {normalizer}, {reduction} over layers, per {per}": (
+            "single",
+            [
+                f"prune.host.importance={importance}",
+                f"prune.host.normalizer={normalizer}",
+                f"prune.host.reduction={reduction}",
+                f"prune.host.per={per}",
+            ],
+        )
+        for importance in ("magnitude", "magnitude-l1", "taylor")
+        for normalizer in ("none", "mean")
+        for reduction in ("mean", "sum")
+        for per in ("structure", "macs", "params")
+    },
     "hard": {  # where one-step pruning costs something: a smaller budget, less training
         f"{arm}, {macs} of the MACs in {epochs} epochs": (
             arm,

@@ -121,12 +121,14 @@ def loss(outputs: Tensor, cents: Tensor) -> Tensor:
     return F.binary_cross_entropy(outputs, bins(cents))
 
 
-def crepe(capacity: str = "tiny", momentum: float = 0.1) -> nn.Module:
+def crepe(capacity: str = "tiny", momentum: float = 0.1, along: str = "row") -> nn.Module:
     """CREPE with its weights.
 
     Args:
         capacity: "tiny" or "full".
         momentum: of the running statistics of batch-norm. The package has 0, which never updates them.
+        along: the image dimension along which time runs. "column" is the package's; "row" is the same function, and
+            less than half the time on a CPU.
     """
     if capacity not in ("tiny", "full"):
         raise ConfigError(f"capacity is 'tiny' or 'full', not {capacity!r}")
@@ -138,7 +140,41 @@ def crepe(capacity: str = "tiny", momentum: float = 0.1) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = momentum
-    return model
+    if along not in ("row", "column"):
+        raise ConfigError(f"along is 'row' or 'column', not {along!r}")
+    return model if along == "column" else Row(model)
+
+
+class Row(nn.Module):
+    """CREPE with time along the rows of an image, with the weights of the package's network, whose names it keeps."""
+
+    LAYERS = 6
+    classifier: nn.Linear
+
+    def __init__(self, crepe: nn.Module) -> None:
+        super().__init__()
+        for name, module in crepe.named_children():
+            if isinstance(module, nn.Conv2d):
+                (height, width), (down, right) = module.kernel_size, module.stride
+                turned = nn.Conv2d(module.in_channels, module.out_channels, (width, height), (right, down))
+                turned.weight = nn.Parameter(module.weight.detach().transpose(2, 3))
+                turned.bias = module.bias
+                module = turned
+            setattr(self, name, module)
+        self.in_features: int = self.classifier.in_features
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Frames (N, 1024) → probabilities (N, 360)."""
+        x = x[:, None, None]
+        for i in range(1, self.LAYERS + 1):
+            x = F.pad(x, (254, 254) if i == 1 else (31, 32))
+            conv, norm = self.get_submodule(f"conv{i}"), self.get_submodule(f"conv{i}_BN")
+            x = norm(F.relu(conv(x)))
+            x = F.max_pool2d(x, (1, 2))
+        # as in the package: the width is an attribute, which has to follow a removal
+        x = x.permute(0, 3, 1, 2).reshape(-1, self.in_features)
+        return torch.sigmoid(self.classifier(x))
 
 
 def _package() -> Path:

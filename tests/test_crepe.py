@@ -113,3 +113,13 @@ def test_crepe_in_miniature(tmp_path: Path) -> None:
     result = results.load(tmp_path / "result.json")
     assert result.arms == arms.split(",") and result.metric.name == "raw pitch accuracy"
     assert all(run.macs[1] <= 0.25 * run.macs[0] for run in result.runs if run.arm != "dense")
+
+
+@needs_weights
+def test_time_along_rows_is_the_same_function() -> None:
+    """Both layouts of the network, in both modes, in the widest dtype."""
+    frames = torch.randn(8, 1024, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    row, column = (of("crepe")("tiny", along=along).double() for along in ("row", "column"))
+    for training in (True, False):
+        ours, theirs = row.train(training)(frames), column.train(training)(frames)
+        assert theirs.std() > 0.01 and torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12)

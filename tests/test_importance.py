@@ -13,17 +13,18 @@ from torch import nn
 
 from decay_pruning import surgery
 from decay_pruning.graph import Graph
+from decay_pruning.hosts import importance
 from decay_pruning.hosts.importance import IMPORTANCES
 from decay_pruning.lab.models import build
 from tests.nets import EXACT, image, lively, make
 
 ORACLES: dict[str, Any] = {
-    "magnitude": tp.importance.GroupMagnitudeImportance(p=2),
-    "magnitude-l1": tp.importance.GroupMagnitudeImportance(p=1),
-    "taylor": tp.importance.GroupTaylorImportance(),
-    "fpgm": tp.importance.FPGMImportance(),
+    "magnitude": tp.importance.GroupMagnitudeImportance(p=2, normalizer=None),
+    "magnitude-l1": tp.importance.GroupMagnitudeImportance(p=1, normalizer=None),
+    "taylor": tp.importance.GroupTaylorImportance(normalizer=None),
+    "fpgm": tp.importance.FPGMImportance(normalizer=None),
     "lamp": tp.importance.LAMPImportance(),
-    "bn-scale": tp.importance.BNScaleImportance(),
+    "bn-scale": tp.importance.BNScaleImportance(normalizer=None),
 }
 #: Layer groups with a depthwise convolution (not scored there at all) or a grouped one, whose input columns it counts
 #: once for every group.
@@ -39,7 +40,9 @@ GROUPED = {
 #: It compares each position behind a flatten or a repeated input with every other one; ours compares whole structures.
 FLATTENED = {("vgg", "4"), ("plain", "3"), ("grouped", "5"), ("sound", "3"), ("volume", "3"), ("concat", "c")}
 #: It leaves out embeddings, bare parameters, torch's attention and GroupNorm.
-OTHERS = {("words", "table"), ("chunked", "a"), ("gated", "up"), ("norms", "3")}
+#: It counts tied weights once for every layer that has them.
+TIED = {("shared", "enter"), ("shared", "left")}
+OTHERS = TIED | {("words", "table"), ("chunked", "a"), ("gated", "up"), ("norms", "3")}
 
 
 def scored(name: str) -> tuple[nn.Module, Graph]:
@@ -53,7 +56,7 @@ def scored(name: str) -> tuple[nn.Module, Graph]:
 @pytest.mark.parametrize("name", EXACT)
 def test_scores_are_those_of_torch_pruning_where_that_is_right(name: str, kind: str) -> None:
     model, graph = scored(name)
-    ours = graph.scores(IMPORTANCES[kind](), graph.structures)
+    ours = importance.scores(IMPORTANCES[kind]("mean"), model, graph.structures)
     wrong = GROUPED | OTHERS | (FLATTENED | {("concat", "b"), ("concat", "a")} if kind == "fpgm" else set())
     for key, group in graph.structures.groups.items():
         norms = [
@@ -74,7 +77,7 @@ def test_a_whole_network_scores_alike() -> None:
     model, x = lively(build("resnet20", classes=10)), image(2, 3, 32, 32)
     graph = Graph(model, x, verify=False)
     for kind in ("magnitude", "magnitude-l1", "fpgm", "lamp", "bn-scale"):
-        ours = graph.scores(IMPORTANCES[kind](), graph.structures)
+        ours = importance.scores(IMPORTANCES[kind]("mean"), model, graph.structures)
         theirs = graph.scores(ORACLES[kind], graph.structures)
         for key in graph.structures.groups:
             torch.testing.assert_close(ours[key], theirs[key], rtol=1e-5, atol=1e-6)
@@ -82,21 +85,22 @@ def test_a_whole_network_scores_alike() -> None:
 
 def test_depthwise_filters_and_batch_norm_count() -> None:
     model, graph = scored("mobile")
-    value = graph.scores(IMPORTANCES["taylor"](), graph.structures)["0"]
+    value = importance.scores(IMPORTANCES["taylor"]("sum"), model, graph.structures)["0"]
     products = [
         (p.detach() * p.grad).abs()
         for p in (model[0].weight, model[1].weight, model[3].weight, model[4].weight)
     ]
     products.append((model[6].weight.detach() * model[6].weight.grad).abs().transpose(0, 1))
     sums = sum(each.flatten(1).sum(1) if each.ndim > 1 else each for each in products)
-    torch.testing.assert_close(value, sums / sums.mean())
+    torch.testing.assert_close(value, sums)
 
 
 def test_the_library_imports_and_scores_without_torch_pruning(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [n for n in sys.modules if n.partition(".")[0] == "torch_pruning"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
-    _, graph = scored("resnet")
-    assert graph.scores(IMPORTANCES["magnitude"](), graph.structures).keys() == graph.structures.groups.keys()
+    model, graph = scored("resnet")
+    found = importance.scores(IMPORTANCES["magnitude"]("mean"), model, graph.structures)
+    assert found.keys() == graph.structures.groups.keys()
     own = graph.scores(lambda group: torch.arange(len(group[0].idxs)).float(), graph.structures)
     assert own["0"].tolist() == [0, 1, 2, 3, 4, 5]

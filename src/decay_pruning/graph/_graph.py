@@ -23,7 +23,7 @@ from decay_pruning.structures import LayerGroup, StructureSet
 
 log = logging.getLogger(__name__)
 
-#: An importance of ours (it has a method `score`), one of torch-pruning's, or any callable on groups as that has them.
+#: One of torch-pruning's importances, or any callable on groups as that has them.
 Importance = Callable[[Any], Tensor | None]
 
 
@@ -100,8 +100,8 @@ class Graph:
         """Let an importance score all structures.
 
         Args:
-            importance: one of `hosts.importance`, or one of torch-pruning's, or any callable on a group as
-                torch-pruning has them → 1-d tensor with one value per channel of the group's root, or None.
+            importance: one of torch-pruning's, or any callable on a group as that has them → 1-d tensor with one
+                value per channel of the group's root, or None.
             structures: the structures that are there now (after any removals by `surgery`).
 
         Returns:
@@ -134,8 +134,6 @@ class Graph:
     def _score(self, importance: Any, group: LayerGroup) -> tuple[Tensor | None, Tensor]:
         """The values of an importance, and the structure (row) that each is about."""
         try:
-            if hasattr(importance, "score"):
-                return importance.score(self._model, group), torch.arange(len(group))
             channels = Channels(self._model, group)
             return importance(channels), channels.owner
         except Exception as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,12 @@ from decay_pruning.errors import ConfigError
 from decay_pruning.graph import Graph
 from decay_pruning.hosts import importance as importances
 from decay_pruning.hosts.base import Goal, Ignored, Picker, Scene
-from decay_pruning.hosts.importance import IMPORTANCES
-from decay_pruning.hosts.ranking import MinKept, Scope, choose
+from decay_pruning.hosts.importance import IMPORTANCES, NORMALIZERS, Normalizer, Reduction
+from decay_pruning.hosts.ranking import MinKept, Per, Scope, choose
 from decay_pruning.structures import Picks, Role, StructureSet
 
+#: One of `hosts.importance`, or a function of a torch-pruning group that returns one score per channel.
 Importance = importances.Importance | Callable[[Any], Tensor | None]
-ImportanceName = Literal["magnitude", "magnitude-l1", "taylor", "fpgm", "lamp", "random", "bn-scale"]
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,7 @@ class DepGraph:
     """DepGraph as a host.
 
     Attributes:
-        importance: a name, one of `hosts.importance`, or one of torch-pruning's importances (any function of a group as
-            it has them that returns one score per channel).
+        importance: a name, or any function of a torch-pruning group that returns one score per channel.
         scope: "global" ranks over all layer groups, "local" takes the same share of each.
         ignored: modules that keep their width: dotted names.
         heads: layers whose outputs are attention heads → number of heads; a structure is then the same offset in
@@ -73,6 +72,9 @@ class DepGraph:
     """
 
     importance: Annotated[str, OneOf(IMPORTANCES)] | Importance = "magnitude"
+    normalizer: Normalizer = "mean"
+    reduction: Reduction = "mean"
+    per: Per = "structure"
     scope: Scope = "global"
     ignored: Ignored = ()
     heads: Mapping[str, Whole] = field(default_factory=dict)
@@ -111,16 +113,34 @@ class _Ranking(Picker):
 
     def pick(self, scene: Scene, goal: Goal) -> Picks:
         host = self._host
-        function = IMPORTANCES[host.importance]() if isinstance(host.importance, str) else host.importance
         if host.importance == "taylor" and all(p.grad is None for p in scene.parameters.values()):
             raise ConfigError(
                 "importance 'taylor' needs gradients: pick inside optimizer.step(), after loss.backward()"
             )
-        return self._choose(scene, scene.graph.scores(function, scene.structures), goal)
+        return self._choose(scene, self._scores(scene), goal)
+
+    def _scores(self, scene: Scene) -> dict[str, Tensor]:
+        host = self._host
+        importance = host.importance
+        if isinstance(importance, str):
+            importance = IMPORTANCES[importance](host.reduction)
+        if not isinstance(importance, importances.Importance):
+            return scene.graph.scores(importance, scene.structures)
+        scores = importances.scores(importance, scene.model, scene.structures)
+        divisor = NORMALIZERS[host.normalizer]
+        return {name: (score / divisor(score)).nan_to_num(nan=0.0) for name, score in scores.items()}
 
     def _choose(self, scene: Scene, scores: Mapping[str, Tensor], goal: Goal) -> Picks:
         host = self._host
-        return choose(scene, scores, goal, scope=host.scope, min_kept=host.min_kept, round_to=host.round_to)
+        return choose(
+            scene,
+            scores,
+            goal,
+            scope=host.scope,
+            per=host.per,
+            min_kept=host.min_kept,
+            round_to=host.round_to,
+        )
 
     def add_gradients(self, scene: Scene, scale: Tensor | None) -> None:
         if self._regulariser is None or scene.step >= scene.start:

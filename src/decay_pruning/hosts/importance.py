@@ -1,20 +1,24 @@
 """Importance: one number per structure, from the values of its slices (as DepGraph and its relatives define it).
 
-Each layer of a layer group gives every structure a value; the values are averaged over the layers, and divided by their
-mean over the layer group, so that layer groups can be compared.
+Each layer of a layer group gives every structure a value, and the values are put together over the layers. Whether they
+are then made comparable between layer groups is a choice of its own, the normalizer.
 """
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from decay_pruning import surgery
-from decay_pruning.structures import Coupling, LayerGroup, Role
+from decay_pruning.structures import Coupling, LayerGroup, Role, StructureSet
+
+logger = logging.getLogger("decay_pruning")
 
 
 class Importance(ABC):
@@ -25,10 +29,45 @@ class Importance(ABC):
         """Shape (S,), in the order of `ids`; None where there is nothing to say."""
 
 
+def scores(importance: Importance, model: nn.Module, structures: StructureSet) -> dict[str, Tensor]:
+    """Layer group → shape (S,), on the CPU, in the order of `ids`.
+
+    Layer groups that the importance has nothing to say about are left out, with a warning in the log.
+    """
+    found = {}
+    for name, group in structures.groups.items():
+        score = importance.score(model, group)
+        if score is None:
+            kind = type(importance).__name__
+            logger.warning("%s gives no score to layer group %r: it is never picked", kind, name)
+        else:
+            found[name] = score
+    return found
+
+
+Reduction = Literal["mean", "sum"]
+Normalizer = Literal["none", "mean", "max", "sum"]
+
+#: Name → what the scores of a layer group are divided by.
+NORMALIZERS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "none": torch.ones_like,
+    "mean": torch.mean,
+    "max": torch.max,
+    "sum": torch.sum,
+}
+
+
 class _OverLayers(Importance):
-    """The mean over layers of what each says, divided by the mean over the layer group."""
+    """What each layer says, put together.
+
+    Args:
+        reduction: of the values of all layers, their "mean" or "sum".
+    """
 
     roles = frozenset({Role.ROW, Role.COLUMN, Role.SCALE})
+
+    def __init__(self, reduction: Reduction = "mean") -> None:
+        self.reduction = reduction
 
     @torch.no_grad()
     def score(self, model: nn.Module, group: LayerGroup) -> Tensor | None:
@@ -40,10 +79,12 @@ class _OverLayers(Importance):
         ]
         if not values:
             return None
-        return self.normalise(sum(values[1:], values[0]) / len(values))
+        total = sum(values[1:], values[0])
+        return self.put_together(total / len(values) if self.reduction == "mean" else total)
 
-    def normalise(self, values: Tensor) -> Tensor:
-        return values / values.mean()
+    def put_together(self, values: Tensor) -> Tensor:
+        """The last word on all structures of the layer group."""
+        return values
 
     @abstractmethod
     def of_layer(
@@ -55,7 +96,8 @@ class _OverLayers(Importance):
 class Magnitude(_OverLayers):
     """Σ|w|^p over the rows, columns and scales of a structure."""
 
-    def __init__(self, p: int = 2) -> None:
+    def __init__(self, p: int = 2, reduction: Reduction = "mean") -> None:
+        super().__init__(reduction)
         self.p = p
 
     def of_layer(
@@ -67,7 +109,7 @@ class Magnitude(_OverLayers):
 class LAMP(Magnitude):
     """Magnitude, divided by the sum of all that are at least as large (layer-adaptive magnitude pruning)."""
 
-    def normalise(self, values: Tensor) -> Tensor:
+    def put_together(self, values: Tensor) -> Tensor:
         ascending, order = values.sort()
         rest = values.sum() - torch.cat([ascending.new_zeros(1), ascending.cumsum(0)[:-1]])
         return torch.zeros_like(values).scatter_(0, order, ascending / rest)
@@ -76,8 +118,8 @@ class LAMP(Magnitude):
 class BatchNormScale(Magnitude):
     """|γ| of batch-norms alone (network slimming)."""
 
-    def __init__(self) -> None:
-        super().__init__(p=1)
+    def __init__(self, reduction: Reduction = "mean") -> None:
+        super().__init__(1, reduction)
 
     def of_layer(
         self, group: LayerGroup, coupling: Coupling, module: nn.Module, tensor: nn.Parameter
@@ -136,12 +178,12 @@ def _per_structure(values: Tensor, coupling: Coupling, group: LayerGroup) -> Ten
 
 
 #: Name → a new importance.
-IMPORTANCES: dict[str, Callable[[], Importance]] = {
-    "magnitude": lambda: Magnitude(2),
-    "magnitude-l1": lambda: Magnitude(1),
+IMPORTANCES: Mapping[str, Callable[[Reduction], Importance]] = {
+    "magnitude": lambda reduction: Magnitude(2, reduction),
+    "magnitude-l1": lambda reduction: Magnitude(1, reduction),
     "taylor": Taylor,
     "fpgm": GeometricMedian,
-    "lamp": LAMP,
-    "random": Random,
+    "lamp": lambda reduction: LAMP(2, reduction),
+    "random": lambda _: Random(),
     "bn-scale": BatchNormScale,
 }

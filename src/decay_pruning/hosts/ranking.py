@@ -19,6 +19,7 @@ from decay_pruning.structures import StructureSet
 logger = logging.getLogger("decay_pruning")
 
 Scope = Literal["global", "local"]
+Per = Literal["structure", "macs", "params"]
 MinKept = (
     Annotated[int, at_least(0, what="a number of structures")]
     | Annotated[float, at_least(0, below=1, what="a share of a layer group")]
@@ -31,6 +32,7 @@ def choose(
     goal: Goal,
     *,
     scope: Scope = "global",
+    per: Per = "structure",
     min_kept: int | float = 1,
     round_to: int = 1,
     among: Mapping[str, Tensor] | None = None,
@@ -56,8 +58,11 @@ def choose(
     """
     checked(scene, Scene, "scene"), checked(goal, Goal, "goal")
     scope, round_to = checked(scope, Scope, "scope"), checked(round_to, Whole, "round_to")
+    per = checked(per, Per, "per")
     min_kept, strict = checked(min_kept, MinKept, "min_kept"), checked(strict, bool, "strict")
     scores = _as_scores(scores, scene.structures)
+    if per != "structure":
+        scores = {name: score / price(scene, name, per) for name, score in scores.items()}
     order: dict[str, Tensor] = {}
     ranks, owners = [], []
     names = [name for name in scene.structures.groups if name in scores]
@@ -123,6 +128,18 @@ def choose(
         for name, number in counts(low).items()
         if number
     }
+
+
+def price(scene: Scene, name: str, of: Literal["macs", "params"]) -> float:
+    """What one structure of a layer group costs in the network that is left when all that fades is gone."""
+    fading = scene.fading()
+    live = (~fading[name]).nonzero().flatten()
+    if not live.numel():
+        return 1.0
+    masks = {**fading, name: fading[name].clone()}
+    masks[name][live[0]] = True
+    before, after = scene.costs.after(fading), scene.costs.after(masks)
+    return max(1.0, float(getattr(before, of) - getattr(after, of)))
 
 
 def _as_scores(scores: object, structures: StructureSet) -> dict[str, Tensor]:

@@ -36,14 +36,14 @@ from decay_pruning.surgery import untouched
 logger = logging.getLogger(__name__)
 
 #: torch-pruning's own importance for each name that DepGraph has.
-_IMPORTANCES: dict[str, Callable[[], Any]] = {
-    "magnitude": lambda: tp.importance.GroupMagnitudeImportance(p=2),
-    "magnitude-l1": lambda: tp.importance.GroupMagnitudeImportance(p=1),
-    "taylor": lambda: tp.importance.GroupTaylorImportance(),
-    "fpgm": lambda: tp.importance.FPGMImportance(),
-    "lamp": lambda: tp.importance.LAMPImportance(),
-    "random": lambda: tp.importance.RandomImportance(),
-    "bn-scale": lambda: tp.importance.BNScaleImportance(),
+_IMPORTANCES: dict[str, Callable[..., Any]] = {
+    "magnitude": partial(tp.importance.GroupMagnitudeImportance, p=2),
+    "magnitude-l1": partial(tp.importance.GroupMagnitudeImportance, p=1),
+    "taylor": tp.importance.GroupTaylorImportance,
+    "fpgm": tp.importance.FPGMImportance,
+    "lamp": tp.importance.LAMPImportance,
+    "random": tp.importance.RandomImportance,
+    "bn-scale": tp.importance.BNScaleImportance,
 }
 #: How exactly torch-pruning's ratio is searched: a share of all channels.
 _PRECISION = 5e-4
@@ -288,15 +288,23 @@ class TorchPruning:
             self._scopes = scopes
         return self._measure(model, self._channels(model, pruner.DG))
 
+    def _importance(self) -> Any:
+        host = self._host
+        if not isinstance(host.importance, str):
+            return host.importance
+        if host.importance in ("lamp", "random"):
+            return _IMPORTANCES[host.importance]()
+        normalizer = None if host.normalizer == "none" else host.normalizer
+        return _IMPORTANCES[host.importance](group_reduction=host.reduction, normalizer=normalizer)
+
     def _pruner(self, kind: Callable[..., Any], model: nn.Module, **more: Any) -> Any:
         """One of torch-pruning's pruners for a model as it is now."""
-        importance = self._host.importance
         ignored = [module for name, module in model.named_modules() if name in self._unprunable]
         with untouched(model):  # its tracing leaves the model in evaluation mode
             return kind(
                 model,
                 self._example,
-                importance=_IMPORTANCES[importance]() if isinstance(importance, str) else importance,
+                importance=self._importance(),
                 global_pruning=self._host.scope == "global",
                 ignored_layers=ignored,
                 in_channel_groups={},  # its defaults are shared by all pruners, and filled
