@@ -6,7 +6,7 @@ It does not matter how the structures were found: what comes in is a `StructureS
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -59,12 +59,13 @@ def verified(
     with _random_values(model, structures, example_inputs):
         trials = _Trials(model, structures, Settings.of(model, example_inputs, thorough=True), {})
         while todo is not None and todo.groups:
-            trials.structures, trials.passed = replace(todo, groups={**passed, **todo.groups}), passed
+            structures = replace(structures, sizes={**structures.sizes, **todo.sizes})
+            trials.structures = replace(structures, groups={**passed, **todo.groups})
+            trials.passed = dict(passed)
             good, failed = _judged(trials, list(todo.groups), allow_inexact)
             passed |= good
-            structures = replace(structures, sizes=todo.sizes)
             unprunable = {**todo.unprunable, **failed, **unprunable}
-            todo = second(failed) if failed else None
+            todo = second(failed)
     unprunable = {name: why for name, why in unprunable.items() if name not in passed}
     order = [name for name in structures.groups if name in passed]
     groups = {name: passed[name] for name in dict.fromkeys([*order, *passed])}
@@ -81,7 +82,7 @@ def _judged(
     declared = [name for name in names if name not in exact] if allow_inexact else []
     failed = trials.failures(exact, natural=False)
     changed = [name for name, verdict in failed.items() if verdict.change is not None]
-    explained = {n for n in changed if n not in trials.failures([n], natural=True)}
+    explained = set(changed) - trials.failures(changed, natural=True).keys()
     failed |= trials.failures(declared, natural=True)
     bad: dict[str, str] = {}
     for name, verdict in failed.items():
@@ -133,6 +134,16 @@ def _nature(model: nn.Module, group: LayerGroup) -> str:
     return "attention scales its scores by the head width"
 
 
+def kind_of(model: nn.Module, group: LayerGroup) -> Hashable:
+    """What is equal for layer groups that stand in the same way in blocks of the same classes."""
+    places = []
+    for c in group.couplings:
+        owner, leaf = surgery.parent(model, c.tensor)
+        first = c.position[c.owner == 0][:3].tolist()
+        places.append((type(owner), leaf, c.dim, c.role, c.position.numel(), *first))
+    return len(group), group.inexact is None, *places
+
+
 @dataclass
 class _Trials:
     """Tries layer groups of one model, together with those that have passed."""
@@ -143,19 +154,31 @@ class _Trials:
     passed: Mapping[str, LayerGroup]
 
     def failures(self, names: Sequence[str], natural: bool) -> dict[str, surgery.Verdict]:
-        """The layer groups among `names` whose removal fails. All at once first, then by halves."""
-        if not names:
+        """The layer groups among `names` whose removal fails. All at once first, then by halves of their kinds."""
+        kinds: dict[Hashable, list[str]] = {}
+        for name in names:
+            kinds.setdefault(kind_of(self.model, self.structures.groups[name]), []).append(name)
+        return self._among(list(kinds.values()), natural)
+
+    def _among(self, kinds: Sequence[Sequence[str]], natural: bool) -> dict[str, surgery.Verdict]:
+        if not kinds:
             return {}
+        names = [name for kind in kinds for name in kind]
         verdict = self._try(names, natural)
         if verdict.problem is None:
             return {}
         if len(names) == 1:
             return {names[0]: verdict}
-        half = len(names) // 2
-        found = self.failures(names[:half], natural)
-        found |= self.failures(names[half:], natural)
+        if len(kinds) == 1:
+            first = self._try(names[:1], natural)
+            if first.problem is not None:  # so it is with the others of its kind
+                return dict.fromkeys(names, first)
+            kinds = [[name] for name in names]
+        half = len(kinds) // 2
+        found = self._among(kinds[:half], natural)
+        found |= self._among(kinds[half:], natural)
         if not found:  # each half works alone and both together do not: give up the second
-            return dict.fromkeys(names[half:], verdict)
+            return {name: verdict for kind in kinds[half:] for name in kind}
         return found
 
     def _try(self, names: Sequence[str], natural: bool) -> surgery.Verdict:

@@ -6,58 +6,72 @@ the same module is a candidate; it is set with the removal and tried, and kept w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from decay_pruning.graph.axes import Axis, factors, layout, leaves, product, terms
+from decay_pruning.graph.axes import Atom, Axis, factors, layout, leaves, product, terms
 from decay_pruning.graph.trace import Trace
-from decay_pruning.structures import Coupling, LayerGroup, Place, Role, StructureSet
+from decay_pruning.structures import Coupling, LayerGroup, Place, Role
 
 
-def with_candidates(trace: Trace, structures: StructureSet) -> StructureSet:
-    """The layer groups that have candidates, with them. An attribute follows the first width that it equals."""
-    axes: dict[Place, Axis] = {dim.place: dim.axis for dim in trace.dims.values()} | trace.attributes
-    taken: dict[Place, Axis] = {}
-    sizes = dict(structures.sizes)
-    groups: dict[str, LayerGroup] = {}
-    for name, group in structures.groups.items():
-        couplings = []
-        for place, axis in _candidates(trace, group, axes, structures):
-            if _same(taken.setdefault(place, axis), axis):
-                coupling = _coupling(place, axis, group, axes)
-                if coupling is not None:
-                    sizes[place] = axis.size
-                    couplings.append(coupling)
-        if couplings:
-            groups[name] = replace(group, couplings=(*group.couplings, *couplings))
-    return replace(structures, groups=groups, sizes=sizes)
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """An attribute that may follow a layer group.
+
+    Attributes:
+        coupling: the positions of the layer group along the axis that is as long as the attribute says.
+        sure: nothing else in the module is as long.
+    """
+
+    coupling: Coupling
+    axis: Axis
+    sure: bool
 
 
-def _candidates(
-    trace: Trace, group: LayerGroup, axes: Mapping[Place, Axis], structures: StructureSet
-) -> Iterator[tuple[Place, Axis]]:
-    """Attributes of own modules, and the axis of this layer group in the same module that is as long."""
-    atom = _atom(group, axes)
-    for module, name in trace.modules.items():
-        if type(module).__module__.startswith("torch.nn.modules") and not isinstance(module, nn.Unflatten):
-            continue
-        prefix = f"{name}." if name else ""
-        lengths: dict[int, Axis] = {}
+class Attributes:
+    """The integers on a user's own modules."""
+
+    def __init__(self, trace: Trace) -> None:
+        self._axes: dict[Place, Axis] = {d.place: d.axis for d in trace.dims.values()} | trace.attributes
+        self._integers = {
+            name: found
+            for module, name in trace.modules.items()
+            if not type(module).__module__.startswith("torch.nn.modules") or isinstance(module, nn.Unflatten)
+            if (found := list(_integers(module)))
+        }
+
+    def of(self, group: LayerGroup, atom: Atom) -> list[Candidate]:
+        """What may follow this layer group, whose positions are those of the atom."""
+        inside: dict[str, list[Axis]] = {}
         for c in group.couplings:
-            if c.tensor.startswith(prefix):
-                for axis in (axes[c.place], *_parts(axes[c.place])):
-                    if axis.size not in lengths and any(found is atom for found in leaves(axis)):
-                        lengths[axis.size] = axis
-        if lengths:
-            for leaf, d, value in _integers(module):
-                if value in lengths:
-                    place = prefix + leaf, d
-                    if place not in structures.sizes:
-                        yield place, lengths[value]
+            for name in _above(c.tensor):
+                if name in self._integers:
+                    inside.setdefault(name, []).append(self._axes[c.place])
+        return [each for name, axes in inside.items() for each in self._in_module(name, axes, atom)]
+
+    def _in_module(self, name: str, axes: list[Axis], atom: Atom) -> Iterator[Candidate]:
+        lengths: dict[int, Axis] = {}
+        for axis in axes:
+            for part in (axis, *_parts(axis)):
+                if part.size not in lengths and any(found is atom for found in leaves(part)):
+                    lengths[part.size] = part
+        prefix = f"{name}." if name else ""
+        for leaf, d, value in self._integers[name]:
+            place = prefix + leaf, d
+            if value in lengths and place not in self._axes:
+                others = (a for (n, _), a in self._axes.items() if n.startswith(prefix) and a.size == value)
+                sure = all(any(found is atom for found in leaves(axis)) for axis in others)
+                yield Candidate(_coupling(place, lengths[value], atom), lengths[value], sure)
+
+
+def _above(name: str) -> Iterator[str]:
+    """The modules that a parameter is in, the inner one first."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 def _parts(axis: Axis) -> Iterator[Axis]:
@@ -84,7 +98,8 @@ def _integers(module: nn.Module) -> Iterator[tuple[str, int, int]]:
                     yield leaf, d, each
 
 
-def _same(a: Axis, b: Axis) -> bool:
+def same(a: Axis, b: Axis) -> bool:
+    """Whether two axes are made of the same atoms in the same way."""
     if a is b:
         return True
     one, other = layout(a), layout(b)
@@ -93,24 +108,7 @@ def _same(a: Axis, b: Axis) -> bool:
     )
 
 
-def _coupling(place: Place, axis: Axis, group: LayerGroup, axes: Mapping[Place, Axis]) -> Coupling | None:
-    """Positions of the layer group's atom along the axis."""
-    atom = _atom(group, axes)
-    for found, owner, position in layout(axis):
-        if found is atom:
-            return Coupling(
-                *place, Role.ATTRIBUTE, torch.from_numpy(owner.copy()), torch.from_numpy(position.copy())
-            )
-    return None
-
-
-def _atom(group: LayerGroup, axes: Mapping[Place, Axis]) -> Any:
-    """The atom of a layer group: the one that stands where its first coupling says."""
-    first = group.couplings[0]
-    for atom, owner, position in layout(axes[first.place]):
-        if atom.size != len(group) or atom.reason is not None:
-            continue
-        mine = dict(zip(first.position.tolist(), first.owner.tolist(), strict=True))
-        if all(mine.get(p) == o for p, o in zip(position.tolist(), owner.tolist(), strict=True)):
-            return atom
-    return None
+def _coupling(place: Place, axis: Axis, atom: Atom) -> Coupling:
+    found = [(owner, position) for each, owner, position in layout(axis) if each is atom]
+    owner, position = (torch.cat([torch.from_numpy(pair[k].copy()) for pair in found]) for k in (0, 1))
+    return Coupling(*place, Role.ATTRIBUTE, owner, position)
