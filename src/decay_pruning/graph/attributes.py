@@ -1,16 +1,17 @@
 """Attributes: integers on a user's own modules that carry a width, and so must follow it.
 
-torch's own layers are known (`layers`). For others, an integer (or one in a tuple) that equals the size of an axis in
-the same module is a candidate; it is set with the removal and tried, and kept where that makes the smaller model right.
+torch's own layers are known (`layers`). For others, an integer (or one in a tuple) that the code has read and that
+equals the size of an axis in the same module is a candidate; it is set with the removal and tried, and kept where the
+smaller model is right with it and not without.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
 
 from decay_pruning.graph.axes import Atom, Axis, factors, layout, leaves, product, terms
 from decay_pruning.graph.trace import Trace
@@ -37,10 +38,7 @@ class Attributes:
     def __init__(self, trace: Trace) -> None:
         self._axes: dict[Place, Axis] = {d.place: d.axis for d in trace.dims.values()} | trace.attributes
         self._integers = {
-            name: found
-            for module, name in trace.modules.items()
-            if not type(module).__module__.startswith("torch.nn.modules") or isinstance(module, nn.Unflatten)
-            if (found := list(_integers(module)))
+            name: found for name, read in trace.integers.items() if (found := list(_integers(read)))
         }
 
     def of(self, group: LayerGroup, atom: Atom) -> list[Candidate]:
@@ -85,17 +83,12 @@ def _parts(axis: Axis) -> Iterator[Axis]:
         yield from parts
 
 
-def _integers(module: nn.Module) -> Iterator[tuple[str, int, int]]:
-    """Integer attributes of a module, also those in tuples."""
-    for leaf, value in vars(module).items():
-        if leaf.startswith("_") or isinstance(value, bool):
-            continue
-        if isinstance(value, int) and value > 1:
-            yield leaf, 0, value
-        elif isinstance(value, tuple):
-            for d, each in enumerate(value):
-                if isinstance(each, int) and not isinstance(each, bool) and each > 1:
-                    yield leaf, d, each
+def _integers(values: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
+    """Integers that can be a width, also those in tuples."""
+    for leaf, value in values.items():
+        for d, each in enumerate(value if isinstance(value, tuple) else (value,)):
+            if isinstance(each, int) and not isinstance(each, bool) and each > 1:
+                yield leaf, d, each
 
 
 def same(a: Axis, b: Axis) -> bool:

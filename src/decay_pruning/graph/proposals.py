@@ -29,9 +29,9 @@ class _Search:
 class Proposals:
     """Layer groups to try.
 
-    A width that the code splits is tried with the user's own attributes that may carry it, any other without. Where
-    that fails, other choices of attributes follow, for one layer group of each kind: what helps it helps the others.
-    Where none helps, the families that were out for its sake come in.
+    Each is tried as it is first. Where that fails, choices of the user's own attributes follow it, the smaller ones
+    first, for one layer group of each kind: what helps it helps the others. Where none helps, the families that were
+    out for its sake come in.
 
     Attributes:
         assembly: the layer groups as they are assembled now.
@@ -50,7 +50,7 @@ class Proposals:
         self._lost: dict[int, tuple[Atom, str]] = {}
 
     def first(self) -> StructureSet:
-        """Every layer group in its likeliest variant."""
+        """Every layer group, without any attribute of the user's own."""
         self._sites |= self.assembly.sites
         return self._set(dict.fromkeys(self.assembly.structures.groups, 0))
 
@@ -118,17 +118,18 @@ class Proposals:
         return replace(structures, groups=groups, sizes=sizes)
 
     def _variants(self, name: str) -> list[Variant]:
-        """Choices of attributes, the likeliest first."""
+        """Choices of attributes."""
         atom = self.assembly.atoms[name]
         if id(atom) in self._known:
             return self._known[id(atom)]
         every = tuple(self._attributes.of(self.assembly.structures.groups[name], atom))
-        likely: list[Variant] = [every, ()] if name in self.assembly.sites else [(), every]
         sure = tuple(each for each in every if each.sure)
         doubtful = [each for each in every if not each.sure][:6]
-        likely += [sure, *(tuple(e for e in every if e is not each) for each in doubtful)]
-        likely += [(*sure, each) for each in doubtful]
-        self._known[id(atom)] = found = list(dict.fromkeys(likely))
+        choices: list[Variant] = [(), sure, *((each,) for each in every[:6])]
+        choices += [(*sure, each) for each in doubtful]
+        choices += [tuple(e for e in every if e is not each) for each in doubtful]
+        choices.append(every)
+        self._known[id(atom)] = found = list(dict.fromkeys(choices))
         return found
 
     def located(self, structures: StructureSet) -> StructureSet:

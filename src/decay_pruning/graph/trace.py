@@ -73,6 +73,7 @@ class Trace:
         used: names of parameters that an operation has read.
         live: names of parameters from which an output follows.
         calls: layer → axes of its first input and first output.
+        integers: own module → the integers and tuples on it that a run has read.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -87,6 +88,7 @@ class Trace:
         self.used: set[str] = set()
         self.live: set[str] = set()
         self.silence = ""
+        self.integers: dict[str, dict[str, Any]] = {}
         self._of_axis: dict[int, Dim] = {}
         self._tensors: dict[int, tuple[str, Axes]] = {}
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -132,7 +134,7 @@ class Trace:
         for leaf in proof.leaves(example_inputs):
             run.see(leaf, [Atom(int(n), Reason(INPUT, "is tied to the model's input")) for n in leaf.shape])
         try:
-            with proof.untouched(self.model), _no_fast_paths(), torch.no_grad(), run.hooks():
+            with proof.untouched(self.model), _no_fast_paths(), torch.no_grad(), run.hooks(), reads(self):
                 if training:
                     for module in self.modules:
                         module.training = True
@@ -144,6 +146,45 @@ class Trace:
                     if isinstance(value, Tensor):
                         module.__dict__[leaf] = value
         run.finish(output)
+
+
+@contextmanager
+def reads(trace: Trace) -> Iterator[None]:
+    """Note which integers (and tuples) on a user's own modules the code reads.
+
+    For that they are not where Python looks first, so that it asks `nn.Module.__getattr__` for them.
+    """
+    hidden: dict[int, dict[str, Any]] = {}
+    original = nn.Module.__getattr__
+
+    def look(module: nn.Module, leaf: str) -> Any:
+        mine = hidden.get(id(module), {})
+        if leaf not in mine:
+            return original(module, leaf)
+        trace.integers.setdefault(trace.modules[module], {})[leaf] = mine[leaf]
+        return mine[leaf]
+
+    for module in trace.modules:
+        if not _of_torch(module):
+            own = vars(module)
+            mine = {k: v for k, v in own.items() if type(v) in (int, tuple) and not hasattr(type(module), k)}
+            hidden[id(module)] = mine
+            for leaf in mine:
+                del own[leaf]
+    nn.Module.__getattr__ = look  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.__getattr__ = original  # type: ignore[method-assign]
+        for module in trace.modules:
+            for leaf, value in hidden.get(id(module), {}).items():
+                vars(module).setdefault(leaf, value)
+
+
+def _of_torch(module: nn.Module) -> bool:
+    """Layers of torch, whose attributes are known; but not those that only carry a user's numbers."""
+    known = type(module).__module__.startswith("torch.nn.modules") and not isinstance(module, nn.Unflatten)
+    return known or isinstance(module, torch.jit.ScriptModule)
 
 
 @contextmanager

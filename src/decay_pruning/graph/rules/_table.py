@@ -92,6 +92,12 @@ def mark(op: Op, axes: Sequence[Axis]) -> None:
     "new_full",
     "new_empty",
     "new_empty_strided",
+    "hardswish",
+    "log_sigmoid_forward",
+    "rsub",
+    "floor_divide",
+    "isclose",
+    "fake_quantize_per_tensor_affine_cachemask",
 )
 def elementwise(op: Op) -> Axes:
     """Dimensions from the last on are one, where neither has size 1."""
