@@ -52,7 +52,7 @@ class Watch:
     """Rides on one run."""
 
     def __init__(self, data: Data) -> None:
-        self._data = data
+        self._data, self._of = data, data.loss or F.cross_entropy
         self._few = next(iter(Batches(data, 500, train=False)))
         self.figures: dict[str, Any] = {}
         self._losses: list[float] = []
@@ -81,7 +81,7 @@ class Watch:
     def _loss(self) -> float:
         x, y = self._few
         with torch.no_grad():
-            return float(F.cross_entropy(copy.deepcopy(self._model).train()(x), y))
+            return float(self._of(copy.deepcopy(self._model).train()(x), y))
 
     def on_step(self, step: Step) -> None:
         """Follow the loss until the target is met, then weigh what is left."""

@@ -34,10 +34,11 @@ from trials import made, options
 from decay_pruning import Pruner
 from decay_pruning.budget import CostModel
 from decay_pruning.engine import Event
-from decay_pruning.hosts import DepGraph, importance
+from decay_pruning.hosts import DepGraph
 from decay_pruning.lab import compare, recipe, results
 from decay_pruning.lab.data import Batches, Data
 from decay_pruning.lab.models import BasicBlock, Bottleneck
+from decay_pruning.lab.task import Loss
 from decay_pruning.lab.trainer import Step, train
 from decay_pruning.rectify import SelfRectifying
 from decay_pruning.resistance import Parallel
@@ -55,8 +56,8 @@ Key = tuple[str, int]
 class Losses:
     """Loss of each batch. What lies in front of the first block that is touched is taken from the last `base`."""
 
-    def __init__(self, model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None:
-        self.model, self._batches = model, batches
+    def __init__(self, model: nn.Module, batches: list[tuple[Tensor, Tensor]], loss: Loss) -> None:
+        self.model, self._batches, self._loss = model, batches, loss
         self._blocks = [
             (name, m) for name, m in model.named_modules() if isinstance(m, BasicBlock | Bottleneck)
         ]
@@ -70,7 +71,7 @@ class Losses:
         losses, self._kept = [], []
         for x, y in self._batches:
             seen.clear()
-            losses.append(F.cross_entropy(self.model(x), y))
+            losses.append(self._loss(self.model(x), y))
             self._kept.append(list(seen))
         for hook in hooks:
             hook.remove()
@@ -84,7 +85,7 @@ class Losses:
         for kept, (x, y) in zip(self._kept, self._batches, strict=True):
             for (_, block), out in zip(self._blocks[:first], kept, strict=False):
                 block.forward = _constant(out)  # type: ignore[assignment,method-assign]
-            losses.append(F.cross_entropy(self.model(x), y))
+            losses.append(self._loss(self.model(x), y))
         for _, block in self._blocks[:first]:
             del block.forward
         return torch.stack(losses)
@@ -102,9 +103,14 @@ class Diary:
     """Rides on one SP run: writes down each step, weighs structures at the stages."""
 
     def __init__(
-        self, settings: recipe.Recipe, batches: list[tuple[Tensor, Tensor]], images: int, sample: int
+        self,
+        settings: recipe.Recipe,
+        batches: list[tuple[Tensor, Tensor]],
+        loss: Loss,
+        images: int,
+        sample: int,
     ) -> None:
-        self._settings, self._batches, self._sample = settings, batches, sample
+        self._settings, self._batches, self._loss, self._sample = settings, batches, loss, sample
         self._few = batches[: max(1, images // len(batches[0][1]))]
         self._picked: list[Key] = []
         self._series: dict[str, list[Tensor]] = {}
@@ -115,7 +121,7 @@ class Diary:
     def attach(self, model: nn.Module, example: Tensor, optimizer: Optimizer, total: int) -> Pruner:
         """A factory for the trainer. Hooks: gradients after the pick, moves before the projection."""
         prune = self._settings.prune
-        assert isinstance(prune.host, DepGraph) and isinstance(prune.host.importance, str)
+        assert isinstance(prune.host, DepGraph)
         self._model, self._parameters = model, dict(model.named_parameters())
         self._optimizer = optimizer
         self._costs: CostModel | None = None
@@ -126,12 +132,8 @@ class Diary:
         )  # fmt: skip
         optimizer.register_step_pre_hook(lambda *_: self._gradients())
         self._costs = CostModel(model, example[:1], self._pruner.original)
-        self._scores = importance.scores(
-            importance.IMPORTANCES[prune.host.importance](prune.host.reduction),
-            model,
-            self._pruner.structures,
-        )
-        self._losses = Losses(copy.deepcopy(model), self._few)
+        self._scores = prune.host.scores(model, self._pruner.graph, self._pruner.structures)
+        self._losses = Losses(copy.deepcopy(model), self._few, self._loss)
         self._copied = dict(self._losses.model.named_parameters())
         self._N = int(self._pruner._steps())
         self._stages = {max(1, round(share * self._N)): share for share in WEIGHED}
@@ -215,11 +217,11 @@ class Diary:
 
     def _weigh_start(self) -> None:
         for mode, batches in (("train", self._batches), ("eval", self._few)):
-            self._losses = Losses(self._losses.model.train(mode == "train"), batches)
+            self._losses = Losses(self._losses.model.train(mode == "train"), batches, self._loss)
             base = self._losses.base()
             self.raw[f"start_{mode}"] = torch.stack([self._without(k) - base for k in self._weighed])
             self.raw[f"start_{mode}_others"] = torch.stack([self._without(k) - base for k in self._others])
-        self._losses = Losses(self._losses.model.train(), self._few)
+        self._losses = Losses(self._losses.model.train(), self._few, self._loss)
 
     def _weigh_stage(self) -> dict[str, Tensor]:
         with torch.no_grad():
@@ -300,7 +302,8 @@ def _batch(structures: StructureSet, keys: list[Key], parameters: Mapping[str, T
 def gather(settings: recipe.Recipe, data: Data, seed: int, work: Path, images: int, sample: int) -> Any:
     """One SP run with its diary, kept in a file."""
     start = compare.dense_start(settings, data, seed, work / "starts")
-    diary = Diary(settings, list(Batches(data, 250, train=False)), images, sample)
+    loss = data.loss or F.cross_entropy
+    diary = Diary(settings, list(Batches(data, 250, train=False)), loss, images, sample)
     try:
         train(
             copy.deepcopy(start), data, settings.prune, seed=seed, pruner_factory=diary.attach,

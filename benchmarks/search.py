@@ -37,20 +37,30 @@ FADING: Grid = {
 
 GRIDS: dict[str, Grid] = {
     "arms": {arm: (arm, []) for arm in results.ARMS},
-    "ranking": {  # what one-step pruning costs under each ranking: importance, normalizer, layers, price
-        f"{importance}, {normalizer}, {reduction} over layers, per {per}": (
+    "ranking": {  # what one-step pruning costs under each ranking: importance, normalizer, price
+        f"{importance}, {normalizer}, per {per}": (
             "single",
             [
                 f"prune.host.importance={importance}",
                 f"prune.host.normalizer={normalizer}",
-                f"prune.host.reduction={reduction}",
                 f"prune.host.per={per}",
             ],
         )
-        for importance in ("magnitude", "magnitude-l1", "taylor")
-        for normalizer in ("none", "mean")
-        for reduction in ("mean", "sum")
         for per in ("structure", "macs", "params")
+        for normalizer in ("none", "mean", "max")
+        for importance in ("magnitude", "magnitude-l1", "taylor", "fpgm", "lamp", "bn-scale")
+    },
+    "ranking-sum": {  # the same, with layers added up
+        f"{importance}, {normalizer}, sum over layers": (
+            "single",
+            [
+                f"prune.host.importance={importance}",
+                f"prune.host.normalizer={normalizer}",
+                "prune.host.reduction=sum",
+            ],
+        )
+        for normalizer in ("none", "mean")
+        for importance in ("magnitude", "magnitude-l1", "taylor")
     },
     "hard": {  # where one-step pruning costs something: a smaller budget, less training
         f"{arm}, {macs} of the MACs in {epochs} epochs": (

@@ -33,6 +33,7 @@ def job(path: str, assignments: list[str], seed: int, starts: Path, images: int)
     data = settings.data.load()
     start = compare.dense_start(settings, data, seed, starts)
     batches = list(Batches(data, 250, train=False))[: images // 250]
+    of = data.loss or F.cross_entropy
     optimizer = torch.optim.SGD(start.parameters(), lr=0.1)
     pruner = Pruner(
         start, batches[0][0][:1], optimizer, settings.prune.target, host=settings.prune.host, total_steps=1
@@ -45,7 +46,7 @@ def job(path: str, assignments: list[str], seed: int, starts: Path, images: int)
         parameters = dict(model.named_parameters())
         if gone:
             SliceBatch(structures, gone, parameters, Role).zero_(parameters)
-        return sum(float(F.cross_entropy(model(x), y)) for x, y in batches) / len(batches)
+        return sum(float(of(model(x), y)) for x, y in batches) / len(batches)
 
     before = loss({})
     return [

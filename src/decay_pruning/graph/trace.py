@@ -280,6 +280,8 @@ class _Run(TorchDispatchMode):
             if mutates and any(tensor is t for t in op.inputs):
                 value = self.value(tensor)
                 value.parents += [v for v in inputs if v is not value]
+                if torch.Tag.inplace_view in op.function.tags:  # transpose_, squeeze_
+                    value.axes = axes
                 while value.base is not None:
                     value = value.base
                     value.parents += [v for v in inputs if v is not value]
@@ -361,7 +363,10 @@ class Op:
         self, run: _Run, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], outputs: list[Tensor]
     ) -> None:
         self.function = function
-        self.name: str = function._schema.name.removeprefix("aten::")
+        name: str = function._schema.name.removeprefix("aten::")
+        self.name = (
+            name if name.endswith("__") else name.removesuffix("_")
+        )  # as its form that is not in place
         self.arguments = dict(_parameters(function))
         self.arguments.update(zip(self.arguments, args, strict=False))
         self.arguments.update(kwargs)

@@ -55,7 +55,12 @@ class DepGraph:
     """DepGraph as a host.
 
     Attributes:
-        importance: a name, or any function of a torch-pruning group that returns one score per channel.
+        importance: a name, one of `hosts.importance`, or any function of a torch-pruning group that returns one score
+            per channel.
+        normalizer: what the scores of a layer group are divided by, so that those of different layer groups can be
+            compared; "none" compares them as they are. Not used with a function of yours.
+        reduction: how the values of the layers of a layer group are put together.
+        per: rank by score, or by score per MAC or parameter that a structure costs.
         scope: "global" ranks over all layer groups, "local" takes the same share of each.
         ignored: modules that keep their width: dotted names.
         heads: layers whose outputs are attention heads → number of heads; a structure is then the same offset in
@@ -98,6 +103,17 @@ class DepGraph:
         """Set to work on a network."""
         return _Ranking(self)
 
+    def scores(self, model: nn.Module, graph: Graph, structures: StructureSet) -> dict[str, Tensor]:
+        """Layer group → one score per structure, in the order of `ids`; the lowest go first."""
+        importance = self.importance
+        if isinstance(importance, str):
+            importance = IMPORTANCES[importance](self.reduction)
+        if not isinstance(importance, importances.Importance):
+            return graph.scores(importance, structures)
+        scores = importances.scores(importance, model, structures)
+        divisor = NORMALIZERS[self.normalizer]
+        return {name: (score / divisor(score)).nan_to_num(nan=0.0) for name, score in scores.items()}
+
 
 class _Ranking(Picker):
     """Picks by rank; adds the group regulariser until the first pick."""
@@ -117,18 +133,7 @@ class _Ranking(Picker):
             raise ConfigError(
                 "importance 'taylor' needs gradients: pick inside optimizer.step(), after loss.backward()"
             )
-        return self._choose(scene, self._scores(scene), goal)
-
-    def _scores(self, scene: Scene) -> dict[str, Tensor]:
-        host = self._host
-        importance = host.importance
-        if isinstance(importance, str):
-            importance = IMPORTANCES[importance](host.reduction)
-        if not isinstance(importance, importances.Importance):
-            return scene.graph.scores(importance, scene.structures)
-        scores = importances.scores(importance, scene.model, scene.structures)
-        divisor = NORMALIZERS[host.normalizer]
-        return {name: (score / divisor(score)).nan_to_num(nan=0.0) for name, score in scores.items()}
+        return self._choose(scene, host.scores(scene.model, scene.graph, scene.structures), goal)
 
     def _choose(self, scene: Scene, scores: Mapping[str, Tensor], goal: Goal) -> Picks:
         host = self._host
