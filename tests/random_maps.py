@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -112,7 +113,7 @@ def branches(draw: random.Random, c: int) -> tuple[nn.Module, int]:
 def cross_stage(draw: random.Random, c: int) -> tuple[nn.Module, int]:
     h = draw.choice([2, 4])
 
-    def run(m: Any, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         parts = list(m.enter(x).chunk(2, 1)) if draw_chunk else list(m.enter(x).split([h, h], 1))
         for f in (m.f, m.g):
             parts.append(parts[-1] + f(parts[-1]))
@@ -132,7 +133,7 @@ def cross_stage(draw: random.Random, c: int) -> tuple[nn.Module, int]:
 def sliced(draw: random.Random, c: int) -> tuple[nn.Module, int]:
     n = draw.randrange(1, 4)
 
-    def run(m: Any, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         y = m.a(x)
         if kind == 0:
             return torch.cat([y[:, :n] + m.s(x), y[:, n:]], 1)
@@ -149,7 +150,7 @@ def sliced(draw: random.Random, c: int) -> tuple[nn.Module, int]:
 def gated(draw: random.Random, c: int) -> tuple[nn.Module, int]:
     o = draw.choice([4, 6])
 
-    def run(m: Any, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         if kind == 0:
             return F.glu(m.f(x), 1)
         a, b = m.f(x).chunk(2, 1)
@@ -162,7 +163,7 @@ def gated(draw: random.Random, c: int) -> tuple[nn.Module, int]:
 def channel_attention(draw: random.Random, c: int) -> tuple[nn.Module, int]:
     h = draw.choice([2, 4])
 
-    def run(m: Any, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         if kind == 0:
             return x * m.b(F.relu(m.a(x.mean((2, 3), keepdim=True)))).sigmoid()
         if kind == 1:
@@ -189,7 +190,7 @@ def channel_attention(draw: random.Random, c: int) -> tuple[nn.Module, int]:
 def selective(draw: random.Random, c: int) -> tuple[nn.Module, int]:
     """Two branches, weighed channel by channel."""
 
-    def run(m: Any, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         parts = torch.stack([m.a(x), m.b(x)], 1)
         weights = m.w(parts.sum(1).mean((2, 3))).view(len(x), 2, -1).softmax(1)
         return (parts * weights[..., None, None]).sum(1)
@@ -200,7 +201,7 @@ def selective(draw: random.Random, c: int) -> tuple[nn.Module, int]:
 def shuffled(draw: random.Random, c: int) -> tuple[nn.Module, int]:
     groups = draw.choice([2, 4])
 
-    def run(m: Any, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         y = m.f(x)
         b, n, h, w = y.shape
         if kind == 0:
@@ -223,7 +224,7 @@ def pixels(draw: random.Random, c: int) -> tuple[nn.Module, int]:
 
 
 def resized(draw: random.Random, c: int) -> tuple[nn.Module, int]:
-    def run(m: Any, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         low = m.f(F.max_pool2d(x, 2))
         return torch.cat([F.interpolate(low, size=x.shape[-2:], mode="bilinear"), m.g(x)], 1)
 
@@ -240,7 +241,7 @@ def shared(draw: random.Random, c: int) -> tuple[nn.Module, int]:
 def functional(draw: random.Random, c: int) -> tuple[nn.Module, int]:
     w, b = nn.Parameter(torch.randn(6, c, 3, 3) / 3), nn.Parameter(torch.randn(6))
 
-    def run(m: Any, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         weight = m.w if kind == 0 else (m.w - m.w.mean((1, 2, 3), keepdim=True)) if kind == 1 else m.w * m.s
         return F.conv2d(x, weight, m.b, padding=1)
 
@@ -256,7 +257,7 @@ def mixed_by_einsum(draw: random.Random, c: int) -> tuple[nn.Module, int]:
 def maxout(draw: random.Random, c: int) -> tuple[nn.Module, int]:
     o = draw.choice([4, 6])
 
-    def run(m: Any, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         y = m.f(x)
         shape = (len(y), 2, -1) if first else (len(y), -1, 2)
         return y.view(*shape, *y.shape[2:]).amax(1 if first else 2)
@@ -266,7 +267,7 @@ def maxout(draw: random.Random, c: int) -> tuple[nn.Module, int]:
 
 
 def channels_last(draw: random.Random, c: int) -> tuple[nn.Module, int]:
-    def run(m: Any, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         y = m.d(x).permute(0, 2, 3, 1)
         return x + m.o(F.gelu(m.i(m.n(y)))).permute(0, 3, 1, 2)
 
@@ -275,7 +276,7 @@ def channels_last(draw: random.Random, c: int) -> tuple[nn.Module, int]:
 
 
 def spatial_attention(draw: random.Random, c: int) -> tuple[nn.Module, int]:
-    def run(m: Any, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         y = m.f(x)
         reduced = (
             torch.cat([y.mean(1, keepdim=True), y.amax(1, keepdim=True)], 1)
@@ -293,7 +294,7 @@ def pixel_attention(draw: random.Random, c: int) -> tuple[nn.Module, int]:
     heads, width = draw.choice([1, 2]), draw.choice([2, 4])
     n = heads * width
 
-    def run(m: Any, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         b, _, h, w = x.shape
         parts = m.qkv(x).view(b, 3, heads if literal else -1, width, h * w)
         q, k, v = parts[:, 0], parts[:, 1], parts[:, 2]
@@ -305,14 +306,14 @@ def pixel_attention(draw: random.Random, c: int) -> tuple[nn.Module, int]:
 
 
 def unfolded(draw: random.Random, c: int) -> tuple[nn.Module, int]:
-    def run(m: Any, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         columns = F.unfold(x, 3, padding=1)
         return m.f(columns.transpose(1, 2)).transpose(1, 2).reshape(len(x), -1, *x.shape[2:])
 
     return Net(run, f=nn.Linear(9 * c, 6)), 6
 
 
-MAPS = [
+MAPS: list[Callable[[random.Random, int], tuple[nn.Module, int]]] = [
     plain, plain, plain, residual, residual, residual, scaled_residual, padded_shortcut, depthwise, dense, branches,
     cross_stage, sliced, gated, channel_attention, selective, shuffled, pixels, resized, shared, functional,
     mixed_by_einsum, maxout, channels_last, spatial_attention, pixel_attention, unfolded,

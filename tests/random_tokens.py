@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ def mlp(draw: random.Random, d: int) -> tuple[nn.Module, int]:
 def gated_mlp(draw: random.Random, d: int) -> tuple[nn.Module, int]:
     h = draw.choice([6, 8])
 
-    def run(m: Any, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         y = m.n(x)
         if kind == 0:
             return x + m.down(F.silu(m.gate(y)) * m.up(y))
@@ -156,7 +157,7 @@ def torch_attention(draw: random.Random, d: int) -> tuple[nn.Module, int]:
 def cross_attention(draw: random.Random, d: int) -> tuple[nn.Module, int]:
     """Learned queries read the tokens."""
 
-    def run(m: Any, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         q = m.queries.expand(len(x), -1, -1)
         return (q @ m.k(x).transpose(1, 2)).softmax(-1) @ m.v(x)
 
@@ -183,7 +184,7 @@ def recurrent(draw: random.Random, d: int) -> tuple[nn.Module, int]:
 
 
 def cell(draw: random.Random, d: int) -> tuple[nn.Module, int]:
-    def run(m: Any, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         h = x.new_zeros(len(x), 5)
         found = []
         for t in range(x.shape[1]):
@@ -200,7 +201,7 @@ def along_time(draw: random.Random, d: int) -> tuple[nn.Module, int]:
 
 
 def experts(draw: random.Random, d: int) -> tuple[nn.Module, int]:
-    def run(m: Any, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         gates = m.g(x).softmax(-1)
         hidden = torch.einsum("bnd,edh->bneh", x, m.i).relu()
         return x + torch.einsum("bneh,ehd,bne->bnd", hidden, m.o, gates)
@@ -210,7 +211,7 @@ def experts(draw: random.Random, d: int) -> tuple[nn.Module, int]:
 
 
 def listed_experts(draw: random.Random, d: int) -> tuple[nn.Module, int]:
-    def run(m: Any, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         gates = m.g(x).softmax(-1)
         return sum(gates[..., k : k + 1] * expert(x) for k, expert in enumerate(m.e))  # type: ignore[return-value]
 
@@ -219,7 +220,7 @@ def listed_experts(draw: random.Random, d: int) -> tuple[nn.Module, int]:
 
 
 def bilinear(draw: random.Random, d: int) -> tuple[nn.Module, int]:
-    def run(m: Any, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         a, b = m.a(x), m.b(x)
         if kind == 0:
             return m.o((a.unsqueeze(-1) * b.unsqueeze(-2)).flatten(2))
@@ -232,7 +233,7 @@ def bilinear(draw: random.Random, d: int) -> tuple[nn.Module, int]:
 def scale_and_shift(draw: random.Random, d: int) -> tuple[nn.Module, int]:
     """Modulation by what the tokens are on average."""
 
-    def run(m: Any, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         scale, shift, gate = m.c(x.mean(1, keepdim=True)).chunk(3, -1)
         return x + gate * m.f(m.n(x) * (1 + scale) + shift)
 
@@ -240,7 +241,7 @@ def scale_and_shift(draw: random.Random, d: int) -> tuple[nn.Module, int]:
 
 
 def sliced(draw: random.Random, d: int) -> tuple[nn.Module, int]:
-    def run(m: Any, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         y = m.a(x)
         if kind == 0:
             return y[..., 2:] * y[..., :-2]
@@ -255,7 +256,7 @@ def sliced(draw: random.Random, d: int) -> tuple[nn.Module, int]:
     return Net(run, a=linear(draw, d, 8)), (6, 8, 4, 2)[kind]
 
 
-TOKENS = [
+TOKENS: list[Callable[[random.Random, int], tuple[nn.Module, int]]] = [
     mlp, mlp, gated_mlp, widen, attention, attention, attention, torch_attention, cross_attention, token_mixing,
     recurrent, cell, along_time, experts, listed_experts, bilinear, scale_and_shift, sliced,
 ]  # fmt: skip
