@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -92,3 +93,14 @@ def test_depthwise_filters_and_batch_norm_count() -> None:
     products.append((model[6].weight.detach() * model[6].weight.grad).abs().transpose(0, 1))
     sums = sum(each.flatten(1).sum(1) if each.ndim > 1 else each for each in products)
     torch.testing.assert_close(value, sums)
+
+
+def test_the_library_imports_and_scores_without_torch_pruning(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [n for n in sys.modules if n.partition(".")[0] == "torch_pruning"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    model, graph = scored("resnet")
+    found = importance.scores(IMPORTANCES["magnitude"]("mean"), model, graph.structures)
+    assert found.keys() == graph.structures.groups.keys()
+    own = graph.scores(lambda group: torch.arange(len(group[0].idxs)).float(), graph.structures)
+    assert own["0"].tolist() == [0, 1, 2, 3, 4, 5]

@@ -1,4 +1,4 @@
-"""The walk over a model ends, whatever the model does with its channels, and one layer group's trouble is its own."""
+"""The trace of a model ends, whatever the model does with its channels, and one layer group's trouble is its own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decay_pruning.errors import GraphError
-from decay_pruning.graph import Graph, _graph
+from decay_pruning.graph import Graph, rules
 from tests.nets import Net, image
 
 
@@ -57,15 +57,14 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_cycle_of_index_maps_ends_with_a_reason(name: str) -> None:
+def test_channels_that_meet_their_neighbours_end_somewhere(name: str) -> None:
     run, layers, shape = CASES[name]
     start = time.process_time()
     try:
         structures = Graph(Net(run, **layers), image(*shape)).structures
-        reasons = " ".join(structures.unprunable.values())
+        assert structures.groups
     except GraphError as error:
-        reasons = str(error)
-    assert "loses track of its channels" in reasons or "torch-pruning finds" in reasons
+        assert f"({__file__.rpartition('/')[2]}:" in str(error)  # with the line that cannot be followed
     assert time.process_time() - start < 5
 
 
@@ -86,15 +85,15 @@ def test_a_slice_that_counts_from_the_end(shape: Any, layers: Any, last: Any) ->
     assert "b" in Graph(net, image(*shape)).structures.groups
 
 
-def test_an_exception_on_one_walk_costs_one_layer_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    walk = _graph.walk
+def test_an_exception_in_one_rule_costs_the_axes_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = rules.RULES["convolution"]
 
-    def failing(node: Any, *rest: Any) -> Any:
-        if node.module.out_channels == 6:
+    def failing(op: Any) -> Any:
+        if op.output.shape[1] == 6:
             raise OverflowError("too large")
-        return walk(node, *rest)
+        return right(op)
 
-    monkeypatch.setattr(_graph, "walk", failing)
+    monkeypatch.setitem(rules.RULES, "convolution", failing)
     net = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 8, 1), nn.Conv2d(8, 7, 1))
     structures = Graph(net, image(1, 3, 4, 4)).structures
     assert list(structures.groups) == ["1"]

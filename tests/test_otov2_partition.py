@@ -182,7 +182,6 @@ def test_what_it_finds_in_other_networks_we_find_too(name: str) -> None:
 
 # -- attention and splits --------------------------------------------------------------------------------------
 
-HEADS = "if these are attention heads, give their number in heads={layer: number}"
 SCALES = "scales its scores by the head width (allow_inexact=True prunes it all the same)"
 NORM = "normalises over this width (allow_inexact=True prunes it all the same)"
 
@@ -233,8 +232,8 @@ CASES: dict[str, tuple[Callable[[], tuple[nn.Module, Any]], dict[str, Any], Foun
     "attention": (
         lambda: make("vit"), {},
         Found(
-            {"blocks.0.fc1": 24, "blocks.1.fc1": 24},
-            {"patch": NORM, "blocks.0.attn.qkv": HEADS, "blocks.1.attn.qkv": HEADS, "head": "feeds the model's output"},
+            {"blocks.0.attn.qkv": 3, "blocks.0.fc1": 24, "blocks.1.attn.qkv": 3, "blocks.1.fc1": 24},
+            {"patch": NORM, "head": "feeds the model's output"},
         ),
     ),
     "attention, heads given": (
@@ -245,10 +244,11 @@ CASES: dict[str, tuple[Callable[[], tuple[nn.Module, Any]], dict[str, Any], Foun
         ),
     ),
     "attention of three layers": (
-        apart, {"heads": {"q": 3}}, Found({"enter": 12, "q": 4}, {"out": "feeds the model's output"})
+        apart, {"heads": {"q": 3}}, Found({"enter": 12, "q": 4, "v": 4}, {"out": "feeds the model's output"})
     ),
     "attention of three layers, all named": (
-        apart, {"heads": {"q": 3, "k": 3, "v": 3}}, Found({"enter": 12, "q": 4}, {"out": "feeds the model's output"})
+        apart, {"heads": {"q": 3, "k": 3, "v": 3}},
+        Found({"enter": 12, "q": 4, "v": 4}, {"out": "feeds the model's output"}),
     ),
     "attention scaled by its width": (
         by_width, {"heads": {"blocks.0.attn.qkv": 3}},

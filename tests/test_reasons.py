@@ -58,34 +58,47 @@ def in_a_checkpoint(m: Net, x: Tensor) -> Tensor:
     return x + checkpoint(m.odd, x.detach(), use_reentrant=True)
 
 
-def in_training(m: Net, x: Tensor) -> Tensor:
-    return m.odd(x) if m.training else x
-
-
-GRADIENT = "runs, but under detach(), no_grad() or a checkpoint"
-CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
-    "detached": (detached, {}, GRADIENT),
-    "under no_grad": (under_no_grad, {}, GRADIENT),
-    "in a checkpoint": (in_a_checkpoint, {}, GRADIENT),
-    "not run": (lambda m, x: x, {}, "is not reached from the example inputs"),
-    "in training only": (in_training, {}, "runs in training mode only"),
-    "of an own class": (lambda m, x: x + m.odd(x), {"odd": Own(8, 8)}, "layer class Own is not supported"),
-    "recurrent": (lambda m, x: x + m.odd(x), {"odd": nn.GRUCell(8, 8)}, "layer class GRUCell is not supported"),
-    "own class, detached": (lambda m, x: x + m.odd(x).detach(), {"odd": Own(8, 8)}, GRADIENT),
-    "weight read by F.linear": (
-        lambda m, x: x + F.linear(x, m.odd.weight, m.odd.bias), {}, "its weight is used outside of its own forward"
-    ),
-    "bare parameter of two dimensions": (
-        lambda m, x: x + x.detach() @ m.odd, {"odd": nn.Parameter(torch.randn(8, 8))}, ""
-    ),
+FOLLOWED: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "detached": (detached, {}),
+    "under no_grad": (under_no_grad, {}),
+    "in a checkpoint": (in_a_checkpoint, {}),
+    "in training only": (lambda m, x: x + m.odd(x) if m.training else x, {}),
+    "of an own class": (lambda m, x: x + m.odd(x), {"odd": Own(8, 8)}),
+    "recurrent": (lambda m, x: x + m.odd(x), {"odd": nn.GRUCell(8, 8)}),
+    "two states": (lambda m, x: x + m.odd(x)[1], {"odd": nn.LSTMCell(8, 8)}),
+    "own class, detached": (lambda m, x: x + m.odd(x).detach(), {"odd": Own(8, 8)}),
+    "weight read by F.linear": (lambda m, x: x + F.linear(x, m.odd.weight, m.odd.bias), {}),
+    "bare parameter of two dimensions": (lambda m, x: x + x.detach() @ m.odd, {"odd": nn.Parameter(torch.randn(8, 8))}),
 }  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-@pytest.mark.parametrize("name", CASES)
-def test_the_reason_is_true(name: str) -> None:
-    run, layers, reason = CASES[name]
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_layers_are_followed_wherever_they_run(name: str) -> None:
+    run, layers = FOLLOWED[name]
     found = Graph(net(run, **layers), image(3, 6)).structures
+    groups = [{c.tensor for c in group.couplings} for group in found.groups.values()]
+    cut = next(tensors for tensors in groups if "hidden.bias" in tensors)
+    assert any(tensor == "odd" or tensor.startswith("odd.") for tensor in cut)
+    assert len(found.groups["enter"]) == 9
+    assert found.unprunable == {"out": "feeds the model's output"}
+
+
+REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
+    "not run": (lambda m, x: x, "is not reached from the example inputs"),
+    "for nothing": (lambda m, x: [x, m.odd(x)][0], "does not lead to the model's output"),
+    "for a size": (lambda m, x: x + torch.ones(m.odd(x).shape).sum(), "does not lead to the model's output"),
+    "no rule": (
+        lambda m, x: x + torch.linalg.qr(m.odd(x))[0].sum(), "goes through an operation without a rule, aten.linalg_qr"
+    ),
+    "sorted": (lambda m, x: x + m.odd(x).sort(-1)[0].sum(), "is mixed by sort (test_reasons.py:"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_reason_is_true(name: str) -> None:
+    run, reason = REFUSED[name]
+    found = Graph(net(run), image(3, 6)).structures
     assert "enter" in found.groups
     assert found.unprunable["odd"].startswith(reason)
     assert found.unprunable["out"] == "feeds the model's output"
@@ -112,31 +125,8 @@ def test_a_width_is_shared_with_a_layer_that_is_named() -> None:
     assert said["more"].startswith("shares its width with 'enter': removal is not exact: LayerNorm 'norm'")
 
 
-# ------------------------------------------------------------------------------------------------- advice
-
-
-def heads(m: Net, x: Tensor) -> Tensor:
-    q, k, v = m.qkv(x).view(2, 5, 3, 3, 4).permute(2, 0, 3, 1, 4)
-    return m.out(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
-
-
-def shuffled(m: Net, x: Tensor) -> Tensor:
-    return m.out(m.qkv(x).view(2, 5, 2, 18).transpose(2, 3).flatten(2)).softmax(-1)
-
-
-@pytest.mark.parametrize(("run", "advice"), [(heads, True), (shuffled, False)])
-def test_heads_are_asked_for_where_there_may_be_some(run: Callable[..., Any], advice: bool) -> None:
-    torch.manual_seed(0)
-    model = Net(
-        lambda m, x: run(m, m.enter(m.first(x))),
-        first=nn.Linear(6, 7), enter=nn.Linear(7, 6), qkv=nn.Linear(6, 36), out=nn.Linear(12 if advice else 36, 4),
-    )  # fmt: skip
-    said = Graph(model, image(2, 5, 6)).structures.unprunable["qkv"]
-    assert ("heads={" in said) == advice, said
-
-
 def test_no_name_is_suggested_for_itself() -> None:
-    model = net(lambda m, x: x + m.odd(x), odd=Own(8, 8))
+    model = net(lambda m, x: x + m.odd(x), odd=nn.GELU())
     with pytest.raises(ConfigError) as error:
         Graph(model, image(3, 6), heads={"odd": 2})
-    assert "did you mean" not in str(error.value) and "Own" in str(error.value)
+    assert "did you mean" not in str(error.value) and "GELU" in str(error.value)

@@ -276,17 +276,17 @@ def test_last_structures_and_unknown_ones_are_refused() -> None:
 
 
 def test_a_part_of_a_split_never_becomes_empty() -> None:
-    """Two widths that are one layer group's halves: all of one half may go only if the tensors allow it."""
+    """Parts that are produced apart are layer groups of their own, so each keeps a last structure."""
     model = Net(
         lambda m, x: m.out(m.wide(x) + torch.cat([m.a(x), m.b(x)], 1)),
         wide=nn.Linear(4, 6), a=nn.Linear(4, 2), b=nn.Linear(4, 4), out=nn.Linear(6, 3),
     ).double()  # fmt: skip
     x = image(3, 4).double()
     structures = Graph(model, x).structures
-    assert {name: len(group) for name, group in structures.groups.items()} == {"wide": 6}
-    with pytest.raises(SurgeryError, match=r"nothing would be left of 'a\.weight'"):
+    assert {name: len(group) for name, group in structures.groups.items()} == {"wide": 2, "b": 4}
+    with pytest.raises(SurgeryError, match=r"'wide' would lose its last structure"):
         surgery.remove(model, structures, {"wide": [0, 1]}, example_inputs=x)
-    surgery.remove(model, structures, {"wide": [1, 2, 3]}, example_inputs=x)
+    surgery.remove(model, structures, {"wide": [1], "b": [0, 1]}, example_inputs=x)
     assert (model.a.out_features, model.b.out_features, model.out.in_features) == (1, 2, 3)
 
 

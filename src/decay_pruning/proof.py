@@ -132,7 +132,7 @@ def random_inputs(example_inputs: Any, seed: int) -> Any:
     return _mapped(example_inputs, draw)
 
 
-def _doubled(first: Any, second: Any) -> Any:
+def doubled(first: Any, second: Any) -> Any:
     """A batch of twice the size, for layers that cannot train on one example."""
     parts = iter([leaf for leaf in _plain_leaves(second)])
 
@@ -482,7 +482,7 @@ class Settings:
             trial._add(model, first)
         drawn = Setting(random_inputs(example_inputs, 1), True, "on random inputs in training mode")
         given = Setting(example_inputs, True, "on the example inputs in training mode")
-        larger = Setting(_doubled(example_inputs, drawn.inputs), True, "in training mode")
+        larger = Setting(doubled(example_inputs, drawn.inputs), True, "in training mode")
         for each in (drawn, larger, given):
             if trial._add(model, each):
                 break

@@ -594,8 +594,9 @@ def _mixer(model: nn.Module, name: str) -> str | None:
         path = above
     module = model.get_submodule(path)
     vectors = all(p.ndim == 1 for p in module.parameters(recurse=False))
-    leaf = not any(True for _ in module.children()) and not isinstance(module, nn.modules.batchnorm._NormBase)
-    if "forward" in module.__dict__:
+    one_by_one = isinstance(module, nn.modules.batchnorm._NormBase | nn.PReLU)  # mixes no channels
+    leaf = not any(True for _ in module.children()) and not one_by_one
+    if "forward" in module.__dict__ or "parametrizations" in path:
         return None
     return path if isinstance(module, nn.MultiheadAttention) or (leaf and vectors) else None
 
@@ -719,6 +720,7 @@ def _try_remove(
     if natural is None:
         natural = any(structures.groups[name].inexact for name in picks)
     kept = structures.kept(picks)
+    mixed = {name: ids for name, ids in picks.items() if structures.groups[name].inexact} or picks
     verdict = Verdict(None, None)
     zeroed = _zero(model, structures, picks)
     undo: Callable[[], None] | None = None
@@ -726,7 +728,7 @@ def _try_remove(
     try:
         for dtype in settings.dtypes:
             try:
-                with only_what_is_left(model, kept) if natural else nullcontext():
+                with only_what_is_left(model, structures.kept(mixed)) if natural else nullcontext():
                     before = settings.observe(model, dtype, only)
             except SurgeryError as error:
                 if verdict.problem is None:

@@ -1,9 +1,8 @@
-"""Graph: a model and example inputs → its `StructureSet`. The only room that imports torch-pruning's graph.
+"""Graph: a model and example inputs → its `StructureSet`, by a tracer of our own.
 
-torch-pruning traces which layers share a width. From its graph we derive what it has no API for: which positions
-of which tensor belong to which structure. One rule decides what a structure is: *channels that share a position
-of any tensor or attribute must go together*. A flattened channel, a residual stream, a fused qkv, the equal parts
-of a grouped convolution and the channels of one GroupNorm group are all cases of it.
+The model runs once under a dispatch mode (`trace`). Every dimension of every parameter starts as an axis of its own
+(`axes`), each operation says which axes must stay equal (`rules`), and torch's layers add what operations do not show
+(`layers`). Axes that nothing fixes are the layer groups (`families`).
 
 Nothing is believed: every layer group is tried on the model itself, with random values in its weights, before it
 is offered. What fails is listed as unprunable with the reason.

@@ -6,7 +6,7 @@ It does not matter how the structures were found: what comes in is a `StructureS
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,8 +34,16 @@ def demote(structures: StructureSet) -> StructureSet:
     return replace(structures, groups=groups, unprunable={**structures.unprunable, **inexact})
 
 
+#: Layer groups that have failed, each with the reason → others to be tried in their place, or None.
+Second = Callable[[Mapping[str, str]], StructureSet | None]
+
+
 def verified(
-    model: nn.Module, structures: StructureSet, example_inputs: Any, allow_inexact: bool
+    model: nn.Module,
+    structures: StructureSet,
+    example_inputs: Any,
+    allow_inexact: bool,
+    second: Second = lambda failed: None,
 ) -> StructureSet:
     """Try every layer group. What does not run, or changes the output other than by its nature, becomes unprunable.
 
@@ -43,39 +51,59 @@ def verified(
         GraphError: the model says nothing on the example inputs.
     """
     _check_output(model, example_inputs)
-    groups = dict(structures.groups)
-    unprunable = dict(structures.unprunable)
-    if not groups:
+    if not structures.groups:
         return structures
+    passed: dict[str, LayerGroup] = {}
+    todo: StructureSet | None = structures
+    unprunable: dict[str, str] = {}
     with _random_values(model, structures, example_inputs):
-        trials = _Trials(model, structures, Settings.of(model, example_inputs, thorough=True))
-        exact = [name for name, group in structures.groups.items() if group.inexact is None]
-        declared = [name for name in structures.groups if name not in exact] if allow_inexact else []
-        failed = trials.failures(exact, natural=False)
-        changed = [name for name, verdict in failed.items() if verdict.change is not None]
-        explained = {n for n in changed if n not in trials.failures([n], natural=True)}
-        failed |= trials.failures(declared, natural=True)
-        for name, verdict in failed.items():
-            if name in explained:
-                groups[name] = replace(groups[name], inexact=_nature(model, groups[name]))
-                continue
-            del groups[name]
-            if verdict.change is None:
-                unprunable[name] = f"removing a structure fails: {verdict.problem}"
-            elif name in declared:
-                why = structures.groups[name].inexact
-                unprunable[name] = (
-                    f"removing a structure changes more than its nature ({why}): {verdict.problem}"
-                )
-            else:
-                unprunable[name] = f"removing a structure changes what is left: {verdict.problem}"
-        for name in trials.dumb(list(groups)):
-            del groups[name]
-            unprunable[name] = (
-                "the output does not react to it, so a removal cannot be proven; give example inputs on which it "
-                f"matters (longer ones, or values other than zeros), and {proof.WAY_OUT}"
-            )
+        trials = _Trials(model, structures, Settings.of(model, example_inputs, thorough=True), {})
+        while todo is not None and todo.groups:
+            structures = replace(structures, sizes={**structures.sizes, **todo.sizes})
+            trials.structures = replace(structures, groups={**passed, **todo.groups})
+            trials.passed = dict(passed)
+            good, failed = _judged(trials, list(todo.groups), allow_inexact)
+            passed |= good
+            unprunable = {**todo.unprunable, **failed, **unprunable}
+            todo = second(failed)
+    unprunable = {name: why for name, why in unprunable.items() if name not in passed}
+    order = [name for name in structures.groups if name in passed]
+    groups = {name: passed[name] for name in dict.fromkeys([*order, *passed])}
     return replace(structures, groups=groups, unprunable=unprunable)
+
+
+def _judged(
+    trials: _Trials, names: Sequence[str], allow_inexact: bool
+) -> tuple[dict[str, LayerGroup], dict[str, str]]:
+    """Of these layer groups, what can be pruned, and why the others cannot."""
+    groups = trials.structures.groups
+    good = {name: groups[name] for name in names}
+    exact = [name for name in names if groups[name].inexact is None]
+    declared = [name for name in names if name not in exact] if allow_inexact else []
+    failed = trials.failures(exact, natural=False)
+    changed = [name for name, verdict in failed.items() if verdict.change is not None]
+    explained = set(changed) - trials.failures(changed, natural=True).keys()
+    failed |= trials.failures(declared, natural=True)
+    bad: dict[str, str] = {}
+    for name, verdict in failed.items():
+        if name in explained:
+            good[name] = replace(groups[name], inexact=_nature(trials.model, groups[name]))
+            continue
+        del good[name]
+        if verdict.change is None:
+            bad[name] = f"removing a structure fails: {verdict.problem}"
+        elif name in declared:
+            nature = groups[name].inexact
+            bad[name] = f"removing a structure changes more than its nature ({nature}): {verdict.problem}"
+        else:
+            bad[name] = f"removing a structure changes what is left: {verdict.problem}"
+    for name in trials.dumb(list(good)):
+        del good[name]
+        bad[name] = (
+            "the output does not react to it, so a removal cannot be proven; give example inputs on which it "
+            f"matters (longer ones, or values other than zeros), and {proof.WAY_OUT}"
+        )
+    return good, bad
 
 
 def _check_output(model: nn.Module, example_inputs: Any) -> None:
@@ -106,34 +134,59 @@ def _nature(model: nn.Module, group: LayerGroup) -> str:
     return "attention scales its scores by the head width"
 
 
+def kind_of(model: nn.Module, group: LayerGroup) -> Hashable:
+    """What is equal for layer groups that stand in the same way in blocks of the same classes."""
+    places = []
+    for c in group.couplings:
+        owner, leaf = surgery.parent(model, c.tensor)
+        first = c.position[c.owner == 0][:3].tolist()
+        places.append((type(owner), leaf, c.dim, c.role, c.position.numel(), *first))
+    return len(group), group.inexact is None, *places
+
+
 @dataclass
 class _Trials:
-    """Tries layer groups of one model."""
+    """Tries layer groups of one model, together with those that have passed."""
 
     model: nn.Module
     structures: StructureSet
     settings: Settings
+    passed: Mapping[str, LayerGroup]
 
     def failures(self, names: Sequence[str], natural: bool) -> dict[str, surgery.Verdict]:
-        """The layer groups among `names` whose removal fails. All at once first, then by halves."""
-        if not names:
+        """The layer groups among `names` whose removal fails. All at once first, then by halves of their kinds."""
+        kinds: dict[Hashable, list[str]] = {}
+        for name in names:
+            kinds.setdefault(kind_of(self.model, self.structures.groups[name]), []).append(name)
+        return self._among(list(kinds.values()), natural)
+
+    def _among(self, kinds: Sequence[Sequence[str]], natural: bool) -> dict[str, surgery.Verdict]:
+        if not kinds:
             return {}
+        names = [name for kind in kinds for name in kind]
         verdict = self._try(names, natural)
         if verdict.problem is None:
             return {}
         if len(names) == 1:
             return {names[0]: verdict}
-        half = len(names) // 2
-        found = self.failures(names[:half], natural)
-        found |= self.failures(names[half:], natural)
+        if len(kinds) == 1:
+            first = self._try(names[:1], natural)
+            if first.problem is not None:  # so it is with the others of its kind
+                return dict.fromkeys(names, first)
+            kinds = [[name] for name in names]
+        half = len(kinds) // 2
+        found = self._among(kinds[:half], natural)
+        found |= self._among(kinds[half:], natural)
         if not found:  # each half works alone and both together do not: give up the second
-            return dict.fromkeys(names[half:], verdict)
+            return {name: verdict for kind in kinds[half:] for name in kind}
         return found
 
     def _try(self, names: Sequence[str], natural: bool) -> surgery.Verdict:
         """Remove a few structures of every layer group, then up to half: other numbers in each, or two widths that
         only a shape ties would pass."""
         verdict = surgery.Verdict(0.0, None)
+        beside = (n for n, group in self.passed.items() if group.inexact is None and n not in names)
+        names = [*names, *beside]
         for picks, only in (
             (self._few(names), (0, 1)),
             (self._many(names), (len(self.settings.settings) - 1,)),

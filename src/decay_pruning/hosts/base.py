@@ -70,7 +70,7 @@ class Scene:
     Attributes:
         model: the user's model, unwrapped.
         optimizer: the optimizer that trains it.
-        graph: scores structures with torch-pruning's importance functions.
+        graph: scores structures with an importance.
         structures: what is there now, in current positions.
         parameters: by name.
         costs: predicts what is left after a removal.

@@ -1,6 +1,6 @@
 """DepGraph (Fang et al., CVPR 2023): rank structures of the dependency graph by group importance, prune the lowest.
 
-Importance functions come from torch-pruning. Sparse learning, its optional preparation, adds a group regulariser to the
+Importance functions are in `importance`. Sparse learning, its optional preparation, adds a group regulariser to the
 gradients before the first pick.
 """
 

@@ -1,0 +1,107 @@
+"""Attributes: integers on a user's own modules that carry a width, and so must follow it.
+
+torch's own layers are known (`layers`). For others, an integer (or one in a tuple) that the code has read and that
+equals the size of an axis in the same module is a candidate; it is set with the removal and tried, and kept where the
+smaller model is right with it and not without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from decay_pruning.graph.axes import Atom, Axis, factors, layout, leaves, product, terms
+from decay_pruning.graph.trace import Trace
+from decay_pruning.structures import Coupling, LayerGroup, Place, Role
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """An attribute that may follow a layer group.
+
+    Attributes:
+        coupling: the positions of the layer group along the axis that is as long as the attribute says.
+        sure: nothing else in the module is as long.
+    """
+
+    coupling: Coupling
+    axis: Axis
+    sure: bool
+
+
+class Attributes:
+    """The integers on a user's own modules."""
+
+    def __init__(self, trace: Trace) -> None:
+        self._axes: dict[Place, Axis] = {d.place: d.axis for d in trace.dims.values()} | trace.attributes
+        self._integers = {
+            name: found for name, read in trace.integers.items() if (found := list(_integers(read)))
+        }
+
+    def of(self, group: LayerGroup, atom: Atom) -> list[Candidate]:
+        """What may follow this layer group, whose positions are those of the atom."""
+        inside: dict[str, list[Axis]] = {}
+        for c in group.couplings:
+            for name in _above(c.tensor):
+                if name in self._integers:
+                    inside.setdefault(name, []).append(self._axes[c.place])
+        return [each for name, axes in inside.items() for each in self._in_module(name, axes, atom)]
+
+    def _in_module(self, name: str, axes: list[Axis], atom: Atom) -> Iterator[Candidate]:
+        lengths: dict[int, Axis] = {}
+        for axis in axes:
+            for part in (axis, *_parts(axis)):
+                if part.size not in lengths and any(found is atom for found in leaves(part)):
+                    lengths[part.size] = part
+        prefix = f"{name}." if name else ""
+        for leaf, d, value in self._integers[name]:
+            place = prefix + leaf, d
+            if value in lengths and place not in self._axes:
+                others = (a for (n, _), a in self._axes.items() if n.startswith(prefix) and a.size == value)
+                sure = all(any(found is atom for found in leaves(axis)) for axis in others)
+                yield Candidate(_coupling(place, lengths[value], atom), lengths[value], sure)
+
+
+def _above(name: str) -> Iterator[str]:
+    """The modules that a parameter is in, the inner one first."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def _parts(axis: Axis) -> Iterator[Axis]:
+    """Parts of an axis that the code may name: what is left without its outermost or innermost factor."""
+    for term in terms(axis):
+        yield term
+        parts = factors(term)
+        for k in range(1, len(parts)):
+            yield product(*parts[k:])
+            yield product(*parts[:k])
+        yield from parts
+
+
+def _integers(values: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
+    """Integers that can be a width, also those in tuples."""
+    for leaf, value in values.items():
+        for d, each in enumerate(value if isinstance(value, tuple) else (value,)):
+            if isinstance(each, int) and not isinstance(each, bool) and each > 1:
+                yield leaf, d, each
+
+
+def same(a: Axis, b: Axis) -> bool:
+    """Whether two axes are made of the same atoms in the same way."""
+    if a is b:
+        return True
+    one, other = layout(a), layout(b)
+    return len(one) == len(other) and all(
+        x[0] is y[0] and bool((x[2] == y[2]).all()) for x, y in zip(one, other, strict=True)
+    )
+
+
+def _coupling(place: Place, axis: Axis, atom: Atom) -> Coupling:
+    found = [(owner, position) for each, owner, position in layout(axis) if each is atom]
+    owner, position = (torch.cat([torch.from_numpy(pair[k].copy()) for pair in found]) for k in (0, 1))
+    return Coupling(*place, Role.ATTRIBUTE, owner, position)

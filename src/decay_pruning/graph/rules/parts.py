@@ -1,0 +1,177 @@
+"""Rules of parts and wholes: concatenations, splits, slices, padding, indices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from decay_pruning.graph.axes import (
+    Atom,
+    Axis,
+    Misaligned,
+    Reason,
+    concatenation,
+    divide,
+    fix,
+    is_fixed,
+    split,
+)
+from decay_pruning.graph.rules._table import mark, rule
+from decay_pruning.graph.trace import UNIT, Axes, Op, at, site
+
+
+@rule("cat", "concat")
+def cat(op: Op) -> Axes:
+    parts = [op.axes(t) for t in op["tensors"] if t.ndim == op.output.ndim]
+    d = op["dim"] % op.output.ndim
+    out = list(parts[0])
+    for part in parts[1:]:
+        for k, axis in enumerate(part):
+            if k != d:
+                op.tie(out[k], axis)
+    out[d] = concatenation(*(part[d] for part in parts))
+    return out
+
+
+@rule("stack")
+def stack(op: Op) -> Axes:
+    parts = [op.axes(t) for t in op["tensors"]]
+    for part in parts[1:]:
+        for mine, axis in zip(parts[0], part, strict=True):
+            op.tie(mine, axis)
+    out = list(parts[0])
+    out.insert(op["dim"] % op.output.ndim, op.fixed(len(parts)))
+    return out
+
+
+@rule(
+    "split", "unsafe_split", "split_with_sizes", "unsafe_split_with_sizes", "chunk", "split_with_sizes_copy"
+)
+def split_parts(op: Op) -> list[Axes]:
+    x = op.axes("self")
+    d = op["dim"] % len(x)
+    sizes = [int(t.shape[d]) for t in op.outputs]
+    parts = cut(op, x[d], sizes, equal="sizes" not in op.name)
+    return [[*x[:d], part, *x[d + 1 :]] for part in parts]
+
+
+def cut(op: Op, axis: Axis, sizes: Sequence[int], *, equal: bool) -> Axes:
+    """An axis as parts one after the other; equal parts stay equal."""
+    if len(sizes) == 1:
+        return [axis]
+    try:
+        if equal and len(set(sizes)) == 1:
+            count, part = divide(axis, len(sizes))
+            fix(count, Reason(UNIT, f"counts equal parts{at(site())}"))
+            mark(op, [part])
+            return [part] * len(sizes)
+    except Misaligned:
+        pass
+    try:
+        parts: Axes = []
+        rest = axis
+        for size in sizes[:-1]:
+            part, rest = split(rest, size) if 0 < size < rest.size else (Atom(size), rest)
+            parts.append(part)
+        mark(op, [*parts, rest])
+        return [*parts, rest]
+    except Misaligned:
+        op.refuse([axis], "is split in a way that does not fit by")
+        return [op.fixed(n) for n in sizes]
+
+
+@rule("glu")
+def glu(op: Op) -> Axes:
+    x = op.axes("self")
+    d = op["dim"] % len(x)
+    half = x[d].size // 2
+    one, other = cut(op, x[d], [half, half], equal=True)
+    op.tie(one, other)
+    return [*x[:d], one, *x[d + 1 :]]
+
+
+@rule("unbind", "select", "diagonal")
+def select(op: Op) -> Axes:
+    x = op.axes("self")
+    if op.name == "diagonal":
+        op.refuse(x, "is read by position in")
+        return [op.fixed(int(n)) for n in op.output.shape]
+    d = op["dim"] % len(x)
+    if not is_fixed(x[d]):
+        fix(x[d], Reason(UNIT, f"is read by position in {op.name}{at(site())}"))
+    return [*x[:d], *x[d + 1 :]]
+
+
+@rule("slice")
+def slice_(op: Op) -> Axes:
+    x = op.axes("self")
+    d = op["dim"] % len(x)
+    n, step = x[d].size, int(op["step"])
+    start, stop = op["start"] or 0, n if op["end"] is None else op["end"]
+    start, stop, _ = slice(start, stop).indices(n)
+    if (start, stop, step) == (0, n, 1):
+        return x
+    length = int(op.output.shape[d])
+    if is_fixed(x[d]) or length == 0:
+        return [*x[:d], op.fixed(length), *x[d + 1 :]]
+    if step != 1:
+        try:
+            if n % step or length * step != n:
+                raise Misaligned
+            part, phase = divide(x[d], length)
+            fix(phase, Reason(UNIT, f"is read in steps{at(site())}"))
+            mark(op, [part])
+        except Misaligned:
+            op.refuse([x[d]], "is read in steps by")
+            part = op.fixed(length)
+        return [*x[:d], part, *x[d + 1 :]]
+    sizes = [size for size in (start, stop - start, n - stop) if size]
+    part = cut(op, x[d], sizes, equal=False)[1 if start else 0]
+    return [*x[:d], part, *x[d + 1 :]]
+
+
+@rule("constant_pad_nd", "pad")
+def pad(op: Op) -> Axes:
+    x, amounts = op.axes("self"), [int(n) for n in op["pad"]]
+    for k in range(len(amounts) // 2):
+        d, (before, after) = len(x) - 1 - k, amounts[2 * k : 2 * k + 2]
+        if (before, after) == (0, 0):
+            continue
+        if is_fixed(x[d]) or before < 0 or after < 0:
+            op.refuse([x[d]], "is cropped by")
+            x[d] = op.fixed(int(op.output.shape[d]))
+        else:
+            x[d] = concatenation(*(op.fixed(before),) * bool(before), x[d], *(op.fixed(after),) * bool(after))
+    return x
+
+
+@rule("index", "index_select", "gather", "take_along_dim")
+def index(op: Op) -> Axes:
+    x = op.axes("self")
+    if op.name == "index":
+        at_dims = [d for d, i in enumerate(op["indices"]) if i is not None]
+        given = [i for i in op["indices"] if i is not None]
+        op.refuse([x[d] for d in at_dims], "is read by position in")
+        for tensor in given:
+            op.refuse(op.axes(tensor), "is an index of")
+        rest = [axis for d, axis in enumerate(x) if d not in at_dims]
+        new = [op.fixed(int(n)) for n in torch.broadcast_shapes(*(i.shape for i in given))]
+        if any(i.dtype in (torch.bool, torch.uint8) for i in given):
+            op.refuse(x, "is read by a mask in")
+            return [op.fixed(int(n)) for n in op.output.shape]
+        together = at_dims == list(range(at_dims[0], at_dims[-1] + 1))
+        where = at_dims[0] if together else 0
+        return [*rest[:where], *new, *rest[where:]]
+    d = op["dim"] % max(len(x), 1)
+    op.refuse([x[d]], "is read by position in")
+    if op.name == "index_select":
+        return [*x[:d], op.fixed(int(op.output.shape[d])), *x[d + 1 :]]
+    places = op.axes("index")
+    op.refuse(places, "is an index of")
+    for k, axis in enumerate(x):
+        if axis.size != places[k].size or k == d:
+            op.refuse([axis], "is read by position in")
+        else:
+            op.tie(axis, places[k])
+    return places

@@ -1,0 +1,177 @@
+"""Rules of what multiplies: matrix products, attention, convolutions, look-ups, recurrent layers."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from decay_pruning.graph.axes import Axis, Misaligned, Reason, divide, fix, leaves, product
+from decay_pruning.graph.rules._table import mix, rule
+from decay_pruning.graph.trace import OPERATION, Axes, Op
+from decay_pruning.structures import Role
+
+
+def contract(op: Op, a: Axis, b: Axis) -> None:
+    """Sum over products along an axis that both inputs have."""
+    op.role(a, Role.COLUMN)
+    op.role(b, Role.COLUMN)
+    op.tie(a, b)
+
+
+def produce(op: Op, *axes: Axis) -> Axes:
+    for axis in axes:
+        op.role(axis, Role.ROW)
+    return list(axes)
+
+
+def add_bias(op: Op, argument: str, out: Axes) -> Axes:
+    if op.get(argument) is not None:
+        for mine, axis in zip(reversed(out), reversed(op.axes(argument)), strict=False):
+            if axis.size != 1:
+                op.role(axis, Role.BIAS)
+                op.tie(mine, axis)
+    return out
+
+
+@rule("mm", "addmm", "_grouped_mm", "mv", "addmv", "dot", "vdot", "linear")
+def matrix_product(op: Op) -> Axes:
+    first, second = {
+        "mm": ("self", "mat2"),
+        "addmm": ("mat1", "mat2"),
+        "_grouped_mm": ("self", "mat2"),
+        "mv": ("self", "vec"),
+        "addmv": ("mat", "vec"),
+        "dot": ("self", "tensor"),
+        "vdot": ("self", "other"),
+        "linear": ("input", "weight"),
+    }[op.name]
+    a, b = op.axes(first), op.axes(second)
+    if op.name == "linear":
+        b = b[::-1]
+    if op.name == "_grouped_mm":
+        if len(a) != 2 or len(b) != 3:
+            op.refuse([*a, *b], "goes through")
+            return [op.fixed(int(n)) for n in op.output.shape]
+        fix(b[0], Reason(OPERATION, "counts experts"))
+        b = b[1:]
+    contract(op, a[-1], b[0])
+    out = produce(op, *a[:-1], *b[1:])
+    return add_bias(op, {"linear": "bias"}.get(op.name, "self" if op.name.startswith("add") else "bias"), out)
+
+
+@rule("bmm", "baddbmm")
+def batched_product(op: Op) -> Axes:
+    first, second = ("self", "mat2") if op.name == "bmm" else ("batch1", "batch2")
+    a, b = op.axes(first), op.axes(second)
+    op.tie(a[0], b[0])
+    op.trace.heads.append(a[0])
+    contract(op, a[2], b[1])
+    out = [a[0], *produce(op, a[1], b[2])]
+    return add_bias(op, "self", out) if op.name == "baddbmm" else out
+
+
+@rule("_cdist_forward")
+def distances(op: Op) -> Axes:
+    a, b = op.axes("x1"), op.axes("x2")
+    op.tie(a[-1], b[-1])
+    return [*a[:-1], b[-2]]
+
+
+@rule(
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_attention_math",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "scaled_dot_product_attention",
+    "_scaled_dot_product_fused_attention_overrideable",
+    "_scaled_dot_product_attention_math_for_mps",
+)
+def attention(op: Op) -> list[Axes]:
+    q, k, v = op.axes("query"), op.axes("key"), op.axes("value")
+    for a, b, c in zip(q[:-2], k[:-2], v[:-2], strict=True):
+        op.tie(b, c)
+        try:  # several heads of queries can share one of keys and values
+            op.tie(divide(a, b.size)[0], b)
+        except Misaligned:
+            op.refuse([a, b, c], "is shared between heads by")
+        op.trace.heads.append(a)
+    op.tie(k[-2], v[-2])
+    op.tie(q[-1], k[-1])
+    if op.get("scale") is None and not isinstance(
+        op.module, nn.MultiheadAttention
+    ):  # that one is in `layers`
+        mix(op, [q[-1]], "{} scales its scores by the head width")
+    return [[*q[:-1], v[-1]]]
+
+
+@rule("convolution", "_convolution", "convolution_overrideable", "mkldnn_convolution")
+def convolution(op: Op) -> Axes:
+    x, w = op.axes("input"), op.axes("weight")
+    groups, rows = int(op["groups"]), 0
+    if op.get("transposed"):
+        w, rows = [w[1], w[0], *w[2:]], 1  # rows first
+    op.refuse([*x[2:], *w[2:]], "is slid over by")
+    space = [op.fixed(int(n)) for n in op.output.shape[2:]]
+    if rows and groups > 1 and groups == x[1].size:  # transposed depthwise: one dimension is both
+        op.role(w[1], Role.ROW)
+    for axis, role in ((w[0], Role.ROW), (w[1], Role.COLUMN)):
+        op.role(axis, role)
+    if groups == 1:
+        op.tie(x[1], w[1])
+        return _with_bias(op, [x[0], w[0], *space])
+    try:
+        if rows:  # weight is (in, out per group, …)
+            count, per_group = divide(x[1], groups)
+            op.tie(w[1], x[1])
+            out: Axis = product(count, w[0])
+        else:
+            count, per_group = divide(x[1], groups)
+            op.tie(per_group, w[1])
+            outer, inner = divide(w[0], groups)
+            op.tie(count, outer)
+            out = w[0]
+    except Misaligned:
+        op.refuse([x[1], w[0], w[1]], "is cut into groups that do not fit by", name="a grouped convolution")
+        return [x[0], op.fixed(int(op.output.shape[1])), *space]
+    if isinstance(op.module, nn.modules.conv._ConvNd):
+        op.trace.groups[op.module] = count
+    inner = divide(out, groups)[1]
+    for atom in leaves(count if per_group.size > 1 else inner):
+        atom.count = True
+    return _with_bias(op, [x[0], out, *space])
+
+
+def _with_bias(op: Op, out: Axes) -> Axes:
+    if op.get("bias") is not None:
+        bias = op.axes("bias")[0]
+        op.role(bias, Role.BIAS)
+        op.tie(out[1], bias)
+    return out
+
+
+@rule("embedding", "_embedding_bag", "_embedding_bag_forward_only")
+def lookup(op: Op) -> list[Axes]:
+    words, width = op.axes("weight")
+    op.refuse([words], "is looked up by number in")
+    op.role(width, Role.ROW)
+    rows = op.axes("indices") if op.name == "embedding" else [op.fixed(int(op.output.shape[0]))]
+    return [[*rows, width]]
+
+
+@rule("mkldnn_rnn_layer")
+def recurrent_layer(op: Op) -> list[Axes]:
+    x, hidden = op.axes("input"), int(op["hidden_size"])
+    wi, wh = op.axes("weight0"), op.axes("weight1")
+    contract(op, x[-1], wi[1])
+    width = divide(wi[0], wi[0].size // hidden)[1]
+    for gates in (wi[0], wh[0]):
+        op.role(gates, Role.ROW)
+        op.tie(wi[0], gates)
+    contract(op, width, wh[1])
+    for leaf in ("weight2", "weight3"):
+        bias = op.axes(leaf)
+        if bias and bias[0].size == wi[0].size:
+            op.role(bias[0], Role.BIAS)
+            op.tie(wi[0], bias[0])
+    state = [*(op.fixed(int(n)) for n in op.outputs[1].shape[:-1]), width]
+    return [[*x[:-1], width], state, list(state)]
