@@ -56,10 +56,12 @@ class DepGraph:
 
     Attributes:
         importance: a name, one of `hosts.importance`, or any function of a torch-pruning group that returns one score
-            per channel.
+            per channel. torch-pruning's default is "magnitude".
         normalizer: what the scores of a layer group are divided by, so that those of different layer groups can be
-            compared; "none" compares them as they are. Not used with a function of yours.
-        reduction: how the values of the layers of a layer group are put together.
+            compared; "none" compares them as they are. None for "none" with "magnitude-l1", and "mean", torch-pruning's
+            default, with others. Not used with a function of yours.
+        reduction: how the values of the layers of a layer group are put together; None for "sum" with "magnitude-l1",
+            and "mean", torch-pruning's default, with others.
         per: rank by score, or by score per MAC or parameter that a structure costs.
         scope: "global" ranks over all layer groups, "local" takes the same share of each.
         ignored: modules that keep their width: dotted names.
@@ -76,9 +78,9 @@ class DepGraph:
         ConfigError: a value is out of range or unknown.
     """
 
-    importance: Annotated[str, OneOf(IMPORTANCES)] | Importance = "magnitude"
-    normalizer: Normalizer = "mean"
-    reduction: Reduction = "mean"
+    importance: Annotated[str, OneOf(IMPORTANCES)] | Importance = "magnitude-l1"
+    normalizer: Normalizer | None = None
+    reduction: Reduction | None = None
     per: Per = "structure"
     scope: Scope = "global"
     ignored: Ignored = ()
@@ -103,15 +105,25 @@ class DepGraph:
         """Set to work on a network."""
         return _Ranking(self)
 
+    @property
+    def chosen_normalizer(self) -> Normalizer:
+        """The normalizer, or the one that goes with the importance."""
+        return self.normalizer or ("none" if self.importance == "magnitude-l1" else "mean")
+
+    @property
+    def chosen_reduction(self) -> Reduction:
+        """The reduction, or the one that goes with the importance."""
+        return self.reduction or ("sum" if self.importance == "magnitude-l1" else "mean")
+
     def scores(self, model: nn.Module, graph: Graph, structures: StructureSet) -> dict[str, Tensor]:
         """Layer group → one score per structure, in the order of `ids`; the lowest go first."""
         importance = self.importance
         if isinstance(importance, str):
-            importance = IMPORTANCES[importance](self.reduction)
+            importance = IMPORTANCES[importance](self.chosen_reduction)
         if not isinstance(importance, importances.Importance):
             return graph.scores(importance, structures)
         scores = importances.scores(importance, model, structures)
-        divisor = NORMALIZERS[self.normalizer]
+        divisor = NORMALIZERS[self.chosen_normalizer]
         return {name: (score / divisor(score)).nan_to_num(nan=0.0) for name, score in scores.items()}
 
 

@@ -101,8 +101,8 @@ def checked(host: Host) -> DepGraph:
         raise ConfigError(
             "arms of torch-pruning rank as DepGraph does: they need prune.host.kind = 'depgraph'"
         )
-    if host.heads or host.min_kept != 1 or host.round_to != 1:
-        raise ConfigError("arms of torch-pruning do not take the host's heads, min_kept and round_to")
+    if host.heads or host.min_kept != 1 or host.round_to != 1 or host.per != "structure":
+        raise ConfigError("arms of torch-pruning do not take the host's heads, min_kept, round_to and per")
     return host
 
 
@@ -294,8 +294,8 @@ class TorchPruning:
             return host.importance
         if host.importance in ("lamp", "random"):
             return _IMPORTANCES[host.importance]()
-        normalizer = None if host.normalizer == "none" else host.normalizer
-        return _IMPORTANCES[host.importance](group_reduction=host.reduction, normalizer=normalizer)
+        normalizer = None if host.chosen_normalizer == "none" else host.chosen_normalizer
+        return _IMPORTANCES[host.importance](group_reduction=host.chosen_reduction, normalizer=normalizer)
 
     def _pruner(self, kind: Callable[..., Any], model: nn.Module, **more: Any) -> Any:
         """One of torch-pruning's pruners for a model as it is now."""
