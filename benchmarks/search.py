@@ -27,6 +27,21 @@ from decay_pruning.resistance import Resistance
 Grid = dict[str, tuple[str, list[str]]]
 
 LARGE_PICKS = ["prune.host.share=0.25", "prune.host.tick=60", "prune.smooth.steps=60"]
+#: The paper's variant, as far as it is known.
+PAPER = [
+    "prune.smooth.bound=joint",
+    "prune.smooth.projection=exact",
+    "prune.rectify.criterion=rate_and_len",
+    "prune.rectify.warmup=0",
+    "prune.rectify.max_share=1",
+]
+#: What SR has to mend.
+RANKINGS = {
+    "magnitude": ["prune.host.normalizer=none"],
+    "magnitude / mean": ["prune.host.normalizer=mean"],
+    "Taylor / mean": ["prune.host.importance=taylor", "prune.host.normalizer=mean"],
+    "local magnitude": ["prune.host.scope=local"],
+}
 #: One step, or a decay under Gate Decorator.
 FADING: Grid = {
     "single": ("single", []),
@@ -46,9 +61,17 @@ GRIDS: dict[str, Grid] = {
                 f"prune.host.per={per}",
             ],
         )
-        for per in ("structure", "macs", "params")
-        for normalizer in ("none", "mean", "max")
+        for per in ("structure", "macs")
+        for normalizer in ("none", "mean")
         for importance in ("magnitude", "magnitude-l1", "taylor", "fpgm", "lamp", "bn-scale")
+    },
+    "ranking-few": {  # those that CREPE leaves to choose from
+        f"{importance}, {normalizer}, per structure": (
+            "single",
+            [f"prune.host.importance={importance}", f"prune.host.normalizer={normalizer}"],
+        )
+        for normalizer in ("none", "mean")
+        for importance in ("magnitude", "magnitude-l1", "taylor", "lamp")
     },
     "ranking-sum": {  # the same, with layers added up
         f"{importance}, {normalizer}, sum over layers": (
@@ -60,7 +83,7 @@ GRIDS: dict[str, Grid] = {
             ],
         )
         for normalizer in ("none", "mean")
-        for importance in ("magnitude", "magnitude-l1", "taylor")
+        for importance in ("magnitude", "magnitude-l1")
     },
     "hard": {  # where one-step pruning costs something: a smaller budget, less training
         f"{arm}, {macs} of the MACs in {epochs} epochs": (
@@ -70,6 +93,24 @@ GRIDS: dict[str, Grid] = {
         for macs in (0.2, 0.1)
         for epochs in (2, 4, 8)
         for arm in ("single", "sp", "sr")
+    },
+    "shares": {  # a fixed share to release, or what is worth more than what would go in its place
+        f"{name}: {arm}{', ' + words if words else ''}": (arm, [*ranking, *extra])
+        for name, ranking in RANKINGS.items()
+        for arm, words, extra in (
+            ("single", "", []),
+            ("sp", "", []),
+            ("sr", "worth", ["prune.rectify.criterion=worth"]),
+            *(
+                (
+                    "sr",
+                    f"{share:.0%}",
+                    ["prune.rectify.criterion=first_order", f"prune.rectify.max_share={share}"],
+                )
+                for share in (0.05, 0.15, 0.3)
+            ),
+            ("sr", "paper", PAPER),
+        )
     },
     "smooth": {
         "single": ("single", []),

@@ -171,6 +171,13 @@ class CostModel:
             macs += cost * math.prod(kept[place] ** power for place, power in makers if place in kept)
         return Cost(round(macs), round(self.now.params - params), structures)
 
+    def price(self, name: str, of: Quantity, gone: Mapping[str, Tensor]) -> float:
+        """What one structure of a layer group costs in the network that is left when these are gone; at least 1."""
+        live = (~gone[name]).nonzero().flatten()[:1]
+        with_it = {**gone, name: gone[name].index_fill(0, live, True)}
+        before, after = (float(getattr(self.after(each), of)) for each in (gone, with_it))
+        return max(1.0, before - after)
+
     def uses(self, tensor: str) -> float:
         """MACs per element of a weight: in a convolution, the positions of its output; 0 for what is not multiplied."""
         whole = {(tensor, 0), (tensor, 1)}

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from decay_pruning.checks import Count, checked
 from decay_pruning.decay import SmoothPruning, factors, joint
 from decay_pruning.errors import ConfigError, DecayPruningError
+from decay_pruning.exchange import Exchange, Replacements
 from decay_pruning.fading import Fading, Key, Numbers, as_keys, as_picks
 from decay_pruning.optimizers import with_closure
 from decay_pruning.rectify import SelfRectifying
@@ -71,6 +72,9 @@ class Driver(Protocol):
 
     def after_step(self) -> None:
         """Everything has moved and decayed: the time to remove."""
+
+    def replacements(self) -> Replacements:
+        """What would be picked next, in place of what is released."""
 
     def snapshot(self) -> Callable[[], None]:
         """Called before a part of a step; returns what puts everything back if that part fails."""
@@ -133,6 +137,7 @@ class Engine:
         self._handles: list[Any] = []
         self._numbers = Numbers(structures)
         self._watch = None if rectify is None else Watch(rectify)
+        self._exchange: Exchange | None = None
 
     # -- the optimizer's hooks -------------------------------------------------------------------------------
 
@@ -176,6 +181,8 @@ class Engine:
         if self._fading is not None and self._watch is not None:
             network = Network(self.structures, self._parameters(), self._optimizer, self.smooth.roles)
             self._watch.before(self._fading, self.step, network, self.fading(), scale)
+            if self.rectify is not None and self.rectify.exchanges:
+                self._compare(self._fading, self._watch, scale)
         if self._driver is not None:
             self._driver.add_gradients(scale)
 
@@ -224,7 +231,7 @@ class Engine:
     def book(self) -> dict[str, Any]:
         """The book-keeping as it is, for `restore`."""
         names = ("structures", "step", "counts", "held", "_fading", "_holding", "_picks_made", "_pick_sizes",
-                 "_free_again", "_on_the_way", "_untold")  # fmt: skip
+                 "_free_again", "_on_the_way", "_untold", "_exchange")  # fmt: skip
         kinds = (dict, list, Counts)
         return {n: copy.copy(v) if isinstance(v := getattr(self, n), kinds) else v for n in names}
 
@@ -292,7 +299,7 @@ class Engine:
     def let_go(self) -> None:
         """End everything: what decays stays as it is, and what is held at zero is free to grow again."""
         self.held, self._holding, self._fading, self._pick_sizes = {}, None, None, {}
-        self._on_the_way = None
+        self._on_the_way = self._exchange = None
 
     def fade_out(self) -> None:
         """End every decay at once: what decays is set to zero and held."""
@@ -368,6 +375,7 @@ class Engine:
             "free_again": [[name, index, free] for (name, index), free in self._free_again.items()],
             "fading": None if self._fading is None else self._fading.state_dict(),
             "kept": self._saved_weights(),
+            "exchange": None if self._exchange is None else self._exchange.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -387,6 +395,11 @@ class Engine:
             if set(self.decaying) & set(as_keys(self.held)):
                 raise ConfigError("a structure both decays and is held")
             self._load_weights(self._fading.batch, state["kept"])
+        self._exchange = None
+        if state["exchange"] is not None:
+            self._exchange = Exchange.from_state(
+                state["exchange"], self.structures, self._parameters(), self.smooth.roles
+            )
 
     def _saved_weights(self) -> dict[str, Any] | None:
         """The decaying weights as they were left, where the next step is measured from them."""
@@ -437,7 +450,30 @@ class Engine:
             return nothing
         strength = self.rectify.strength(self._watch.averages(fading)).cpu()
         candidates &= strength.gt(-torch.inf)
+        if self.rectify.exchanges:
+            candidates = self._exchanged(fading, candidates, strength)
         return self._most_resistant(fading, candidates, strength, self.rectify)
+
+    def _compare(self, fading: Fading, watch: Watch, scale: Tensor | None) -> None:
+        """Weigh what the host would take in place of what decays, while a verdict on that is coming."""
+        watched = watch.wants(fading, self.step)
+        if watched is None or self._driver is None or not bool((watched & fading.rectified).any()):
+            self._exchange = None
+            return
+        parameters = self._parameters()
+        if self._exchange is None or self._exchange.structures is not self.structures:
+            offer = self._driver.replacements()
+            self._exchange = Exchange.of(self.structures, offer, parameters, self.smooth.roles)
+        self._exchange = self._exchange.read(parameters, scale)
+
+    def _exchanged(self, fading: Fading, candidates: Tensor, worth: Tensor) -> Tensor:
+        """Those of the candidates that are worth more than what would go in their place."""
+        chosen, mine = torch.zeros_like(candidates), candidates.nonzero().flatten()
+        if self._exchange is not None and mine.numel():
+            keys = [fading.batch.keys[i] for i in mine.tolist()]
+            rows, self._exchange = self._exchange.releases(keys, worth[mine].tolist(), self.fading())
+            chosen[mine[rows]] = True
+        return chosen
 
     def _most_resistant(
         self, fading: Fading, out: Tensor, strength: Tensor, rectify: SelfRectifying

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Annotated, Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -22,7 +23,8 @@ from decay_pruning.checks import Count, Whole, as_inputs, checked
 from decay_pruning.decay import SmoothPruning
 from decay_pruning.engine import Engine, Event
 from decay_pruning.errors import BudgetError, ConfigError, DecayPruningError
-from decay_pruning.fading import Key
+from decay_pruning.exchange import Replacements
+from decay_pruning.fading import Key, as_keys
 from decay_pruning.hosts import Goal, Host, Phase, Picker, Scene, as_host
 from decay_pruning.plan import Plan
 from decay_pruning.progress import Progress, PruningReport
@@ -39,6 +41,8 @@ _Also = Annotated[tuple[Any, ...], "a list of copies of the model"]
 _PLAIN = (dict, list, set)
 #: Rounds after which picks that do not lead to the target are an error.
 _EXTRA_ROUNDS = 20
+#: What is asked for in place of released structures: shares of what the target leaves, each beyond the one before.
+_REPLACED = (0.02, 0.05, 0.1, 0.2, 0.4)
 
 
 class Pruner:
@@ -329,6 +333,19 @@ class Pruner:
             self._remove()
             self._due = self.engine.step + self.host.interval
         self._picker.after_step(self._scene())
+
+    def replacements(self) -> Replacements:
+        """What the host would pick next, for a goal that is closer and closer."""
+        scene, left = self._scene(), getattr(self._cost_left(), self.target.of)
+        fading, parts = scene.fading(), list[Picks]()
+        with torch.random.fork_rng(devices=[]):  # an importance can be random: training must not notice
+            for share in _REPLACED:
+                try:
+                    picks = self._picker.pick(scene, Goal(self.target.of, (1 - share) * left))
+                except BudgetError:
+                    break
+                parts.append(_less(picks, {key for part in parts for key in as_keys(part)}))
+        return Replacements(parts, {name: self._costs.price(name, self.target.of, fading) for name in fading})
 
     def snapshot(self) -> Callable[[], None]:
         """What puts the pruner, and the model where it was about to be cut, back as they are now."""

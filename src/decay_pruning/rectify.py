@@ -6,6 +6,7 @@ and others are defined in `resistance`. Each is averaged over the decay so far: 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
@@ -28,6 +29,9 @@ class Rule(NamedTuple):
     rate: str | None = None  #: compared with T_rate
     len: str | None = None  #: compared with T_len, and orders what is released
     figure: str | None = None  #: no thresholds: the largest go first
+    exchange: bool = (
+        False  #: compared with what the host would take instead, once, and as many go as gain by that
+    )
     t_rate: float = 0.0  #: T_rate where it is not given
     t_len: float = 1.0  #: T_len where it is not given
 
@@ -46,6 +50,7 @@ CRITERIA: dict[str, Rule | Criterion] = {
     "outward": Rule("outward", t_rate=0.02),
     "regrowth": Rule(None, "regrowth", t_len=0.01),
     "first_order": Rule(figure="first_order"),
+    "worth": Rule(figure="worth", exchange=True),
 }
 
 
@@ -57,14 +62,17 @@ class SelfRectifying:
         t_rate: T_rate; None for 0 (whatever goes outward) with C_rate, 0.02 with "outward".
         t_len: T_len; None for 1 (more than its neighbours) with C_len, 0.01 with "regrowth".
         criterion: a name in `CRITERIA`, or any `Criterion`. None for the paper's two thresholds, "rate_and_len", where
-            one of them is given, and otherwise for "first_order", which knows most of what removal costs
-            (docs/rectifying.md). A function of your own gets every figure of `Resistance`.
+            one of them is given, and otherwise for "worth": what is worth more, per unit of the target, than what the
+            host would take in its place (see `exchange`, docs/rectifying.md). A function of your own gets every figure
+            of `Resistance`.
         average: None for the plain mean over the decay so far, or the factor β in (0, 1) of an exponential average
             (bias-corrected).
         warmup: share of the decay, in [0, 1), whose gradients are not averaged.
-        judge_from: share of the decay, in [0, 1), from which on structures can be released. The last step never judges.
+        judge_from: share of the decay, in [0, 1), from which on structures can be released; "worth" judges once, then.
+            The last step never judges.
         max_share: the largest share of one pick that is released, in (0, 1], and at least one structure. Those with the
             largest figure go first, under thresholds those with the largest C_len (or whatever stands in its place).
+            None for no limit with "worth", and 5 % with others.
         cooldown: for how many later picks a released structure is not picked again.
         retries: how often the host may pick others in place of released ones with rectifying on. One more
             round, without rectifying, meets the target for sure.
@@ -81,7 +89,7 @@ class SelfRectifying:
     average: Annotated[float, above(0, below=1)] | None = None
     warmup: Share = 0.1
     judge_from: Share = 0.25
-    max_share: Annotated[float, above(0, most=1)] = 0.05
+    max_share: Annotated[float, above(0, most=1)] | None = None
     cooldown: Count = 1
     retries: Count = 0
     rate_per: Literal["step", "decay"] = "step"
@@ -120,9 +128,14 @@ class SelfRectifying:
         return chosen if isinstance(chosen, Rule) else None
 
     @property
+    def exchanges(self) -> bool:
+        """Whether decaying structures are compared with what the host would take in their place."""
+        return self.rule is not None and self.rule.exchange
+
+    @property
     def _chosen(self) -> Rule | Criterion:
         given = self.t_rate is not None or self.t_len is not None
-        criterion = self.criterion or ("rate_and_len" if given else "first_order")
+        criterion = self.criterion or ("rate_and_len" if given else "worth")
         return CRITERIA[criterion] if isinstance(criterion, str) else criterion
 
     @property
@@ -146,11 +159,15 @@ class SelfRectifying:
 
     def observes(self, n: int, N: int) -> bool:
         """Whether the gradient of step n of N (counted from 1) goes into the averages."""
-        return n > self.warmup * N
+        return n > self.warmup * N and not (self.exchanges and n > self._verdict(N))
 
     def judges(self, n: int, N: int) -> bool:
         """Whether step n of N (counted from 1) can release."""
-        return self.judge_from * N <= n < N
+        return self.judge_from * N <= n < N and not (self.exchanges and n > self._verdict(N))
+
+    def _verdict(self, N: int) -> int:
+        """The first step of N that judges."""
+        return max(1, math.ceil(self.judge_from * N))
 
     def weight(self, seen: int) -> float:
         """Weight of the newest of `seen` observations in the average."""
@@ -160,7 +177,7 @@ class SelfRectifying:
 
     def most(self, picked: int) -> int:
         """How many of `picked` structures can be released."""
-        return max(1, int(self.max_share * picked))
+        return max(1, int((self.max_share or (1.0 if self.exchanges else 0.05)) * picked))
 
     def strength(self, seen: Resistance) -> Tensor:
         """How strongly each structure asks to be released, shape (slots,); −∞ where it does not.

@@ -1,7 +1,7 @@
 """The Decay Pruning Method per structure, in plain loops: written to be read, and the oracle of the fast path.
 
-SP in both projections, and SR by thresholds, with the paper's criteria and those of descent alone. What concerns
-several structures at once (`max_share`, picking others) is not stated here.
+SP in both projections, and SR: by thresholds, with the paper's criteria and those of descent alone, and by exchange.
+The cap `max_share` and the rounds that follow a release are not stated here.
 
 Nothing here is fast and nothing imports it. A structure is a list of *slices*; a slice is (parameter name, dimension,
 positions). Elements are addressed one by one through masks, so overlaps are visible.
@@ -48,7 +48,7 @@ class Decaying:
         start: norm of each slice at the pick.
         n: steps done.
         x: its weights before the optimizer's step, where that step is observed.
-        c_rate_step, c_rate_decay, c_len, outward, regrowth: observations so far.
+        c_rate_step, c_rate_decay, c_len, outward, regrowth, worth: observations so far.
         alive: "decaying", "released" or "zero".
     """
 
@@ -62,6 +62,7 @@ class Decaying:
     c_len: list[float] = field(default_factory=list)
     outward: list[float] = field(default_factory=list)
     regrowth: list[float] = field(default_factory=list)
+    worth: list[float] = field(default_factory=list)
     alive: str = "decaying"
 
     @property
@@ -97,6 +98,7 @@ def before_step(
     growth = -_over(float(g @ s.x), float(s.x.norm()))
     s.outward.append(_over(growth, float(g.norm())))
     s.regrowth.append(_over(lr * growth, s.per_step))
+    s.worth.append((growth * _joint(s.start)) ** 2)
 
 
 def after_step(s: Decaying, parameters: Mapping[str, Tensor]) -> None:
@@ -108,6 +110,28 @@ def after_step(s: Decaying, parameters: Mapping[str, Tensor]) -> None:
     gain = float(now.norm() - x.norm())
     s.c_rate_step.append(_over(gain, float((now - x).norm())))
     s.c_rate_decay.append(_over(gain, s.per_step))
+
+
+#: What a structure is worth, and what it costs in the unit of the target.
+Worth = tuple[float, float]
+
+
+def exchange(decaying: Sequence[Worth], offer: Sequence[Sequence[Worth]]) -> list[int]:
+    """SR by worth: which decaying structures stay, given what the host would take next, in parts of equal rank."""
+    order = sorted(range(len(decaying)), key=lambda i: -decaying[i][0] / decaying[i][1])
+    best, most = 0, 0.0
+    for count in range(1, len(order) + 1):
+        kept = [decaying[i] for i in order[:count]]
+        paid, missing = 0.0, sum(price for _, price in kept)
+        for part in offer:
+            price = sum(p for _, p in part)
+            share = min(1.0, missing / price) if price else 0.0
+            paid += share * sum(worth for worth, _ in part)
+            missing -= share * price
+        gain = sum(worth for worth, _ in kept) - paid
+        if missing <= 0 and gain > most:
+            best, most = count, gain
+    return order[:best]
 
 
 def step(

@@ -12,6 +12,7 @@ Of a structure with weights x (all its slices), loss gradient g and learning rat
     outward      ρ / ‖g‖, the share of the descent direction that points outward, a cosine in [−1, 1]
     regrowth     η·ρ / (m₀/N), the length that plain descent would win back, over the length that the decay takes
     first_order  |⟨g, x⟩|, the first-order estimate of what removal changes in the loss
+    worth        ⟨g, x⟩² · (m₀/‖x‖)², the square of it at the norm of the pick (see `exchange`)
 
 The first two are the paper's (arXiv 2406.03879) as far as it is known; their normalisers and the rest are ours
 (docs/method.md). A quotient of which the divisor is zero is zero: no resistance is seen.
@@ -39,6 +40,7 @@ class Resistance(NamedTuple):
     outward: Tensor
     regrowth: Tensor
     first_order: Tensor
+    worth: Tensor
 
 
 #: Where each figure comes from: the optimizer's step, the gradients of whole layer groups, or those of the structures.
@@ -50,6 +52,7 @@ SOURCES: Mapping[str, Source] = {
     "outward": "gradient",
     "regrowth": "gradient",
     "first_order": "gradient",
+    "worth": "gradient",
 }
 
 
@@ -71,6 +74,7 @@ def of_gradient(
         "outward": _ratio(growth, gg.sqrt()),
         "regrowth": -_ratio(_ratio(lr_wg, length), start / steps),
         "first_order": wg.abs(),
+        "worth": (growth * start).square(),
     }
 
 

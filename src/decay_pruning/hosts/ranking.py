@@ -62,7 +62,8 @@ def choose(
     min_kept, strict = checked(min_kept, MinKept, "min_kept"), checked(strict, bool, "strict")
     scores = _as_scores(scores, scene.structures)
     if per != "structure":
-        scores = {name: score / price(scene, name, per) for name, score in scores.items()}
+        fading = scene.fading()
+        scores = {name: score / scene.costs.price(name, per, fading) for name, score in scores.items()}
     order: dict[str, Tensor] = {}
     ranks, owners = [], []
     names = [name for name in scene.structures.groups if name in scores]
@@ -128,18 +129,6 @@ def choose(
         for name, number in counts(low).items()
         if number
     }
-
-
-def price(scene: Scene, name: str, of: Literal["macs", "params"]) -> float:
-    """What one structure of a layer group costs in the network that is left when all that fades is gone."""
-    fading = scene.fading()
-    live = (~fading[name]).nonzero().flatten()
-    if not live.numel():
-        return 1.0
-    masks = {**fading, name: fading[name].clone()}
-    masks[name][live[0]] = True
-    before, after = scene.costs.after(fading), scene.costs.after(masks)
-    return max(1.0, float(getattr(before, of) - getattr(after, of)))
 
 
 def _as_scores(scores: object, structures: StructureSet) -> dict[str, Tensor]:
