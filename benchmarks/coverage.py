@@ -15,8 +15,12 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from decay_pruning.lab import results as lab
 
 TORCHVISION = [
     "resnet18",
@@ -164,6 +168,15 @@ def look(name: str) -> dict[str, Any]:
     return found
 
 
+def _versions() -> dict[str, str]:
+    """Of the library and of the packages that the models come from."""
+    found = lab.versions()
+    for name in ("torchvision", "timm", "transformers"):
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -204,7 +217,13 @@ def main() -> None:
                 flush=True,
             )
         if options.out:
-            options.out.write_text(json.dumps(results, indent=1) + "\n")
+            found = {
+                "command": " ".join(["python", *sys.argv]),
+                "versions": _versions(),
+                "machine": lab.machine("cpu"),
+                "models": results,
+            }
+            options.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -126,6 +126,28 @@ CUT: dict[str, tuple[Build, dict[str, int]]] = {
         net(lambda m, x: m.b(F.glu(m.a(x), -1)), T, a=nn.Linear(6, 10), b=nn.Linear(5, 2)),
         {"a": 5},
     ),
+    "pooled, channels last": (
+        net(
+            lambda m, x: m.b(
+                F.adaptive_avg_pool2d(m.a(x).to(memory_format=torch.channels_last), 1).flatten(1)
+            ),
+            X,
+            a=conv(3, 5),
+            b=nn.Linear(5, 2),
+        ),
+        {"a": 5},
+    ),
+    "layer scale that starts small": (
+        net(
+            lambda m, x: m.c(x + m.s * m.b(m.a(x).relu())),
+            T,
+            a=nn.Linear(6, 5),
+            b=nn.Linear(5, 6),
+            c=nn.Linear(6, 2),
+            s=nn.Parameter(torch.full((6,), 1e-7)),
+        ),
+        {"a": 5},
+    ),
     "negative slice": (
         net(
             lambda m, x: m.b(m.a(x)[:, -3:]) + m.c(m.a(x)[:, :-3]),

@@ -87,22 +87,22 @@ def _attributes(thing: Any, seen: set[int]) -> Iterator[Tensor]:
         yield from _attributes(value, seen)
 
 
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Inputs with every tensor changed; what is no tensor or plain container stays."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Mapping):
-        return {key: _mapped(each, change) for key, each in value.items()}
+        return {key: mapped(each, change) for key, each in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_mapped(each, change) for each in value))
+        return type(value)(*(mapped(each, change) for each in value))
     if isinstance(value, list | tuple):
-        return type(value)(_mapped(each, change) for each in value)
+        return type(value)(mapped(each, change) for each in value)
     return value
 
 
 def copied(example_inputs: Any) -> Any:
     """Inputs that a forward pass may write to."""
-    return _mapped(example_inputs, lambda tensor: tensor.detach().clone())
+    return mapped(example_inputs, lambda tensor: tensor.detach().clone())
 
 
 def random_inputs(example_inputs: Any, seed: int) -> Any:
@@ -129,7 +129,7 @@ def random_inputs(example_inputs: Any, seed: int) -> Any:
         drawn = torch.randint(low, high + 1, flat.shape, generator=generator)
         return drawn.to(example.device, example.dtype)
 
-    return _mapped(example_inputs, draw)
+    return mapped(example_inputs, draw)
 
 
 def doubled(first: Any, second: Any) -> Any:
@@ -140,7 +140,7 @@ def doubled(first: Any, second: Any) -> Any:
         other = next(parts)
         return torch.cat([tensor, other]) if tensor.ndim else tensor
 
-    return _mapped(first, join)
+    return mapped(first, join)
 
 
 # ---------------------------------------------------------------------------------------------- running it
@@ -424,7 +424,7 @@ def _run(
     def note(module: nn.Module, args: Any, output: Any) -> None:
         dtypes.update(leaf.dtype for leaf in _plain_leaves(output))
 
-    inputs = _mapped(setting.inputs, lambda t: cast(t, dtype, copy=True))
+    inputs = mapped(setting.inputs, lambda t: cast(t, dtype, copy=True))
     with seeded(model), ExitStack() as stack:
         stack.enter_context(stand_ins(model, dtype, setting.training, noise=noise))
         handle = register_module_forward_hook(note)
@@ -564,7 +564,7 @@ class Settings:
 def _gradients(
     model: nn.Module, setting: Setting, dtype: torch.dtype | None, moves: Sequence[Tensor]
 ) -> dict[int, Tensor]:
-    inputs = _mapped(setting.inputs, lambda t: cast(t, dtype, copy=True))
+    inputs = mapped(setting.inputs, lambda t: cast(t, dtype, copy=True))
     generator = torch.Generator().manual_seed(0)
     with seeded(model), torch.enable_grad(), ExitStack() as stack:
         copies = stack.enter_context(stand_ins(model, dtype, setting.training, grad=True))

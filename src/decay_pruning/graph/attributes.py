@@ -24,11 +24,13 @@ class Candidate:
 
     Attributes:
         coupling: the positions of the layer group along the axis that is as long as the attribute says.
+        near: the code of its own module splits the width.
         sure: nothing else in the module is as long.
     """
 
     coupling: Coupling
     axis: Axis
+    near: bool
     sure: bool
 
 
@@ -62,7 +64,8 @@ class Attributes:
             if value in lengths and place not in self._axes:
                 others = (a for (n, _), a in self._axes.items() if n.startswith(prefix) and a.size == value)
                 sure = all(any(found is atom for found in leaves(axis)) for axis in others)
-                yield Candidate(_coupling(place, lengths[value], atom), lengths[value], sure)
+                coupling = _coupling(place, lengths[value], atom)
+                yield Candidate(coupling, lengths[value], name in atom.users, sure)
 
 
 def _above(name: str) -> Iterator[str]:

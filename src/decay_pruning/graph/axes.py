@@ -49,9 +49,10 @@ class Atom(Axis):
         count: it counts equal parts (heads, groups): what it is multiplied with is pruned, not the atom.
         head: a batched product or attention runs once for each position.
         site: where the user's code first splits it ("net.py:17").
+        users: names of the modules whose code splits it or names its size.
     """
 
-    __slots__ = ("bound", "count", "head", "mixed", "reason", "site")
+    __slots__ = ("bound", "count", "head", "mixed", "reason", "site", "users")
 
     def __init__(self, size: int, reason: Reason | None = None) -> None:
         super().__init__(size)
@@ -61,11 +62,13 @@ class Atom(Axis):
         self.count = False
         self.head = False
         self.site: str | None = None
+        self.users: set[str] = set()
 
     def like(self, size: int) -> Atom:
         """A part of this atom, as free or fixed as the whole."""
         part = Atom(size, self.reason)
         part.mixed, part.count, part.head, part.site = self.mixed, self.count, self.head, self.site
+        part.users |= self.users
         return part
 
 
@@ -209,6 +212,7 @@ def _bind(atom: Atom, axis: Axis) -> None:
         each.count |= atom.count
         each.head |= atom.head
         each.site = each.site or atom.site
+        each.users |= atom.users
     atom.bound = axis
 
 

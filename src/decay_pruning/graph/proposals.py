@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 
-from decay_pruning.graph._verify import kind_of
+from decay_pruning import surgery
+from decay_pruning.graph._trials import kind_of
 from decay_pruning.graph.attributes import Attributes, Candidate, same
 from decay_pruning.graph.axes import Atom, Axis
 from decay_pruning.graph.choices import Choices
@@ -14,15 +15,17 @@ from decay_pruning.graph.trace import Trace
 from decay_pruning.structures import LayerGroup, Place, StructureSet
 
 Variant = tuple[Candidate, ...]
+#: Classes and names of attributes: what a choice has in common for layer groups of one kind.
+Labels = frozenset[Hashable]
 
 
 @dataclass
 class _Search:
     """Layer groups of one kind that have failed, and the variants of the first of them that are left to try."""
 
-    left: list[int]
+    left: list[Labels]
     reasons: dict[str, str] = field(default_factory=dict)
-    tried: int = 0
+    tried: Labels = frozenset()
     done: bool = False
 
 
@@ -52,35 +55,49 @@ class Proposals:
     def first(self) -> StructureSet:
         """Every layer group, without any attribute of the user's own."""
         self._sites |= self.assembly.sites
-        return self._set(dict.fromkeys(self.assembly.structures.groups, 0))
+        return self._set(dict.fromkeys(self.assembly.structures.groups, ()))
 
     def second(self, failed: Mapping[str, str]) -> StructureSet | None:
         """What to try in the place of layer groups that have failed, for these reasons."""
         for name, why in failed.items():
             self._taken = {p: (owner, axis) for p, (owner, axis) in self._taken.items() if owner != name}
             kind = kind_of(self._trace.model, self.assembly.structures.groups[name])
-            search = self._searches.setdefault(kind, _Search(list(range(1, len(self._variants(name))))))
-            if search.done:
-                self._lose({name: why})
-            else:
-                search.reasons.setdefault(name, why)
-        todo: dict[str, int] = {}
+            if kind not in self._searches:
+                labels = dict.fromkeys(self._labels(variant) for variant in self._variants(name)[1:])
+                self._searches[kind] = _Search(list(labels))
+            search = self._searches[kind]
+            if search.done:  # what has helped another one, or fitted in shape, does not help here
+                search.reasons, search.done = {}, False
+            search.reasons.setdefault(name, why)
+        todo: dict[str, Variant] = {}
         for search in self._searches.values():
             if not search.done:
                 todo |= self._next(search, failed)
         return self._set(todo) if todo else self._freed()
 
-    def _next(self, search: _Search, failed: Mapping[str, str]) -> dict[str, int]:
-        """The next variant of the first layer group; once it has passed, the same one of all others."""
+    def _next(self, search: _Search, failed: Mapping[str, str]) -> dict[str, Variant]:
+        """The next choice for the first layer group; once it has passed, the same one for all others."""
         first, *others = search.reasons
-        search.done = first not in failed or not search.left
         if first not in failed:
-            return dict.fromkeys(others, search.tried)
-        if search.done:
-            self._lose(search.reasons)
-            return {}
-        search.tried = search.left.pop(0)
-        return {first: search.tried}
+            search.done = True
+            return {name: self._alike(name, search.tried) or () for name in others}
+        while search.left:
+            search.tried = search.left.pop(0)
+            variant = self._alike(first, search.tried)
+            if variant is not None:
+                return {first: variant}
+        search.done = True
+        self._lose(search.reasons)
+        return {}
+
+    def _alike(self, name: str, labels: Labels) -> Variant | None:
+        """The attributes of a layer group that are called like this."""
+        return next((v for v in self._variants(name) if self._labels(v) == labels), None)
+
+    def _labels(self, variant: Variant) -> Labels:
+        places = [candidate.coupling for candidate in variant]
+        owners = [surgery.parent(self._trace.model, c.tensor) for c in places]
+        return frozenset((type(owner), leaf, c.dim) for (owner, leaf), c in zip(owners, places, strict=True))
 
     def _lose(self, reasons: Mapping[str, str]) -> None:
         for name, why in reasons.items():
@@ -97,19 +114,19 @@ class Proposals:
         self.assembly = assemble(self._trace, names)
         self._sites |= self.assembly.sites
         fresh = [name for name, atom in self.assembly.atoms.items() if id(atom) in freed]
-        return self._set(dict.fromkeys(fresh, 0))
+        return self._set(dict.fromkeys(fresh, ()))
 
     # ------------------------------------------------------------------------------------------- attributes
 
-    def _set(self, chosen: Mapping[str, int]) -> StructureSet:
-        """Layer groups in the variants of these numbers."""
+    def _set(self, chosen: Mapping[str, Variant]) -> StructureSet:
+        """Layer groups, with these attributes."""
         structures = self.assembly.structures
         sizes = dict(structures.sizes)
         groups: dict[str, LayerGroup] = {}
-        for name, number in chosen.items():
-            group, variants = structures.groups[name], self._variants(name)
+        for name, variant in chosen.items():
+            group = structures.groups[name]
             more = []
-            for each in variants[min(number, len(variants) - 1)]:
+            for each in variant:
                 _, axis = self._taken.setdefault(each.coupling.place, (name, each.axis))
                 if same(axis, each.axis):
                     sizes[each.coupling.place] = each.axis.size
@@ -118,17 +135,17 @@ class Proposals:
         return replace(structures, groups=groups, sizes=sizes)
 
     def _variants(self, name: str) -> list[Variant]:
-        """Choices of attributes."""
+        """Choices of attributes, none first."""
         atom = self.assembly.atoms[name]
         if id(atom) in self._known:
             return self._known[id(atom)]
-        every = tuple(self._attributes.of(self.assembly.structures.groups[name], atom))
-        sure = tuple(each for each in every if each.sure)
-        doubtful = [each for each in every if not each.sure][:6]
-        choices: list[Variant] = [(), sure, *((each,) for each in every[:6])]
-        choices += [(*sure, each) for each in doubtful]
-        choices += [tuple(e for e in every if e is not each) for each in doubtful]
-        choices.append(every)
+        every = self._attributes.of(self.assembly.structures.groups[name], atom)
+        choices: list[Variant] = [()]
+        for some in ([c for c in every if c.near], every):
+            sure = tuple(each for each in some if each.sure)
+            doubtful = [each for each in some if not each.sure][:6]
+            choices += [sure, *((each,) for each in some[:6]), *((*sure, each) for each in doubtful)]
+            choices += [tuple(e for e in some if e is not each) for each in doubtful] + [tuple(some)]
         self._known[id(atom)] = found = list(dict.fromkeys(choices))
         return found
 

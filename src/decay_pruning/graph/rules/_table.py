@@ -40,13 +40,15 @@ def dims(value: Any, ndim: int) -> list[int]:
 
 
 def mark(op: Op, axes: Sequence[Axis]) -> None:
-    """Remember where the code splits these axes, to be named where a removal fails."""
+    """Remember where the code splits these axes, to be named where a removal fails, and in which module."""
     where = None
-    for axis in axes:
-        for atom in leaves(axis):
-            if atom.reason is None and atom.site is None:
-                where = where or site()
-                atom.site = f"{op.name.strip('_')}{at(where)}"
+    user = None if op.module is None else op.trace.modules.get(op.module)
+    for atom in (atom for axis in axes for atom in leaves(axis)):
+        if user is not None:
+            atom.users.add(user)
+        if atom.reason is None and atom.site is None:
+            where = where or site()
+            atom.site = f"{op.name.strip('_')}{at(where)}"
 
 
 @rule(

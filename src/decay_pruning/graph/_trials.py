@@ -1,0 +1,178 @@
+"""Trials: layer groups are cut out of the model, alone and together, and put back."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Hashable, Mapping, Sequence
+
+from torch import nn
+
+from decay_pruning import proof, surgery
+from decay_pruning.errors import SurgeryError
+from decay_pruning.graph._shapes import Shapes
+from decay_pruning.proof import Settings
+from decay_pruning.structures import NOT_PARAMETERS, LayerGroup, Picks, StructureSet
+
+#: A cut that moves no element of the output by this much (relative) could not be told from none.
+_REACTION = 1e-6
+
+
+def kind_of(model: nn.Module, group: LayerGroup) -> Hashable:
+    """What is equal for layer groups that stand in the same way in blocks of the same classes, wide or narrow."""
+    places = set()
+    for c in group.couplings:
+        owner, leaf = surgery.parent(model, c.tensor)
+        places.add((type(owner), leaf, c.dim, c.role, c.position.numel() > len(group)))
+    return group.inexact is None, frozenset(places)
+
+
+class Trials:
+    """Tries layer groups of one model, together with those that have passed.
+
+    Attributes:
+        structures: all of them.
+        passed: those that have passed.
+    """
+
+    def __init__(self, model: nn.Module, structures: StructureSet, settings: Settings) -> None:
+        self.model = model
+        self.structures = structures
+        self.passed: Mapping[str, LayerGroup] = {}
+        self._settings = settings
+        self._shapes = Shapes(model, settings)
+
+    def misshapen(self, names: Sequence[str]) -> dict[str, str]:
+        """The layer groups among `names` without which the model does not run, as far as shapes tell."""
+
+        def attempt(names: Sequence[str]) -> surgery.Verdict:
+            picks, _ = self._picks(names)
+            try:
+                surgery.check_picks(self.structures, picks)
+                return surgery.Verdict(None, self._shapes.problem(self.structures, picks))
+            except SurgeryError as error:
+                return surgery.Verdict(None, str(error))
+
+        if not self._shapes.usable or not names:
+            return {}
+        found = _failures(self._kinds(names), attempt)
+        return {name: f"removing a structure fails: {verdict.problem}" for name, verdict in found.items()}
+
+    def failures(self, names: Sequence[str], natural: bool) -> dict[str, surgery.Verdict]:
+        """The layer groups among `names` whose removal fails, or changes what is left."""
+
+        def attempt(names: Sequence[str]) -> surgery.Verdict:
+            verdict = surgery.Verdict(0.0, None)
+            for picks, only in zip(self._picks(names), ((0, 1), (self._last,)), strict=True):
+                try:
+                    surgery.check_picks(self.structures, picks)
+                    verdict = surgery.trial(
+                        self.model, self.structures, picks, self._settings, natural=natural, only=only
+                    )
+                except SurgeryError as error:
+                    verdict = surgery.Verdict(None, str(error))
+                if verdict.problem is not None:
+                    break
+            return verdict
+
+        return _failures(self._kinds(names), attempt) if names else {}
+
+    @property
+    def _last(self) -> int:
+        return len(self._settings.settings) - 1
+
+    def _kinds(self, names: Sequence[str]) -> list[list[str]]:
+        kinds: dict[Hashable, list[str]] = {}
+        for name in names:
+            kinds.setdefault(kind_of(self.model, self.structures.groups[name]), []).append(name)
+        return list(kinds.values())
+
+    def _picks(self, names: Sequence[str]) -> tuple[Picks, Picks]:
+        """A few structures of every layer group, and up to half: other numbers in each, or two widths that only a
+        shape ties would pass."""
+        beside = (n for n, group in self.passed.items() if group.inexact is None and n not in names)
+        names = [*names, *beside]
+        return self._few(names), self._many(names)
+
+    def _few(self, names: Sequence[str]) -> Picks:
+        picks = {}
+        for k, name in enumerate(names):
+            size = len(self.structures.groups[name])
+            count = min(1 + k % 3, max(1, size // 3))
+            picks[name] = sorted({(size // 3 + j * max(1, size // 3)) % size for j in range(count)})
+        return self._originals(picks)
+
+    def _many(self, names: Sequence[str]) -> Picks:
+        draw = random.Random(len(names))
+        picks = {}
+        for name in names:
+            size = len(self.structures.groups[name])
+            picks[name] = sorted(draw.sample(range(size), draw.randint(1, max(1, size // 2))))
+        return self._originals(picks)
+
+    def _originals(self, rows: Picks) -> Picks:
+        return {name: self.structures.groups[name].ids[list(row)].tolist() for name, row in rows.items()}
+
+    # ------------------------------------------------------------------------------------------ the control
+
+    def dumb(self, names: Sequence[str]) -> list[str]:
+        """The layer groups that the output says nothing about: cut or not, it would be the same.
+
+        The gradient of the output tells for all of them at once. Where it is silent (`detach`, a step function), the
+        layer group is set to zero and the model is run.
+        """
+        moved = self._sensitivity()
+        silent = [name for name in names if not moved.get(name, 0.0) > _REACTION]
+        if not silent:
+            return []
+        dtype = self._settings.dtypes[0]
+        before = self._settings.observe(self.model, dtype)
+        return [name for name in silent if not self._reacts(name, before)]
+
+    def _reacts(self, name: str, before: list[proof.Output]) -> bool:
+        undo = surgery._zero(self.model, self.structures, self._many([name]))
+        try:
+            after = self._settings.observe(self.model, self._settings.dtypes[0])
+            return self._settings.change(before, after)[0] > _REACTION
+        except SurgeryError:
+            return True  # it cannot even be compared
+        finally:
+            undo()
+
+    def _sensitivity(self) -> dict[str, float]:
+        """Layer group → how far the output moves with the values of its parameters, to first order."""
+        found: dict[str, float] = {}
+        for gradients in self._settings.gradients(self.model):
+            for name, group in self.structures.groups.items():
+                for c in group.couplings:
+                    if c.role in NOT_PARAMETERS or c.tensor not in gradients:
+                        continue
+                    moved = gradients[c.tensor].index_select(c.dim, c.position.to(gradients[c.tensor].device))
+                    value = float(moved.abs().max()) if moved.numel() else 0.0
+                    found[name] = max(found.get(name, 0.0), value)
+            if all(found.get(name, 0.0) > _REACTION for name in self.structures.groups):
+                break
+        return found
+
+
+def _failures(
+    kinds: Sequence[Sequence[str]], attempt: Callable[[Sequence[str]], surgery.Verdict]
+) -> dict[str, surgery.Verdict]:
+    """Which layer groups fail. All at once first, then by halves of their kinds."""
+    names = [name for kind in kinds for name in kind]
+    verdict = attempt(names)
+    if verdict.problem is None:
+        return {}
+    if len(names) == 1:
+        return {names[0]: verdict}
+    if len(kinds) == 1:
+        first = attempt(names[:1])
+        if first.problem is not None:  # so it is with the others of its kind, or with none of them
+            others = attempt(names[1:])
+            return dict.fromkeys(names[:1] if others.problem is None else names, first)
+        kinds = [[name] for name in names]
+    half = len(kinds) // 2
+    found = _failures(kinds[:half], attempt)
+    found |= _failures(kinds[half:], attempt)
+    if not found:  # each half works alone and both together do not: give up the second
+        return {name: verdict for kind in kinds[half:] for name in kind}
+    return found
