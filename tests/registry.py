@@ -107,11 +107,14 @@ HOSTS: dict[str, Callable[[], Host]] = {
     "gates-own": lambda: GateDecorator(tick=2, tock=0, share=0.5, decay_in="own"),
 }
 
-#: (smooth, rectify) of each arm; the thresholds of `paper` are low, so that releases do happen.
+#: (smooth, rectify) of each arm; thresholds are low, so that releases do happen.
 ARMS: dict[str, tuple[SmoothPruning, SelfRectifying | None]] = {
     "single": (SmoothPruning.one_step(), None),
     "sp": (SmoothPruning(steps=4), None),
-    "sr": (SmoothPruning(steps=4), SelfRectifying(warmup=0.0, judge_from=0.5, retries=1)),
+    "sr": (
+        SmoothPruning(steps=4),
+        SelfRectifying(-0.05, -1.0, "outward_and_regrowth", max_share=0.5, retries=1),
+    ),
     "paper": (SmoothPruning.paper(4), replace(SelfRectifying.paper(t_rate=-0.5, t_len=0.5), max_share=0.5)),
 }
 

@@ -64,6 +64,11 @@ def test_resistance_is_measured_on_unscaled_gradients():
     for key, values in seen[0].items():
         assert set(values) == set(Resistance._fields)
         for name, value in values.items():
-            assert seen[1][key][name] == pytest.approx(value, rel=1e-2, abs=1e-3), name
+            assert seen[1][key][name] == pytest.approx(value, rel=2e-2, abs=least(name)), name
     for name in Resistance._fields:
-        assert any(abs(values[name]) > 1e-3 for values in seen[0].values()), name
+        assert any(abs(values[name]) > least(name) for values in seen[0].values()), name
+
+
+def least(name):
+    """What half precision leaves of zero; worth is a square."""
+    return 1e-6 if name == "worth" else 1e-3

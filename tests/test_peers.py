@@ -199,7 +199,7 @@ def test_what_torch_pruning_cannot_do_is_an_error(tmp_path: Path) -> None:
     gates = replace(small(), prune=recipe.load(RECIPES / "digits-gate-decorator.toml").prune)
     with pytest.raises(ConfigError, match=r"they need prune\.host\.kind = 'depgraph'"):
         compare.compare(gates, ["single", "tp-one-shot"], [0], tmp_path)
-    with pytest.raises(ConfigError, match="heads, min_kept and round_to"):
+    with pytest.raises(ConfigError, match="heads, min_kept, round_to and per"):
         Trial(PEERS["tp-one-shot"], host=DepGraph(round_to=4))
     with pytest.raises(BudgetError, match="torch-pruning has no ratio that leaves"):
         Trial(PEERS["tp-one-shot"], keep=0.001).step()

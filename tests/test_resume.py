@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from decay_pruning import ConfigError
+from decay_pruning import ConfigError, SelfRectifying
 
 from .registry import HOSTS, Run, build_model, start
 
@@ -23,7 +23,12 @@ OPTIMIZERS = {
 
 
 def begin(host_name: str, optimizer: str, arm: str) -> Run:
-    return start("residual", host_name, arm, optimizer=OPTIMIZERS[optimizer])
+    if arm != "worth":
+        return start("residual", host_name, arm, optimizer=OPTIMIZERS[optimizer])
+    worth = SelfRectifying(
+        warmup=0.0, judge_from=0.5, retries=1
+    )  # stopped between the offer and the verdict, too
+    return start("residual", host_name, optimizer=OPTIMIZERS[optimizer], rectify=worth)
 
 
 def go_on(folder: Path, host_name: str, optimizer: str, arm: str) -> None:
@@ -45,6 +50,15 @@ def go_on(folder: Path, host_name: str, optimizer: str, arm: str) -> None:
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
 @pytest.mark.parametrize("arm", ["sr", "paper"])
 def test_resume_in_a_new_process(tmp_path, host_name, optimizer, arm):
+    resumed(tmp_path, host_name, optimizer, arm)
+
+
+@pytest.mark.parametrize("host_name", ["depgraph", "depgraph-rounds"])
+def test_resume_of_an_exchange(tmp_path, host_name):
+    resumed(tmp_path, host_name, "sgd", "worth")
+
+
+def resumed(tmp_path, host_name, optimizer, arm):
     run = begin(host_name, optimizer, arm)
     for step in range(STEPS):
         if step in STOPS:
