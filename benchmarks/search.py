@@ -100,7 +100,7 @@ GRIDS: dict[str, Grid] = {
         for arm, words, extra in (
             ("single", "", []),
             ("sp", "", []),
-            ("sr", "worth", ["prune.rectify.criterion=worth"]),
+            ("sr", "worth", ["prune.rectify.criterion=worth", "prune.rectify.max_share=1"]),
             *(
                 (
                     "sr",

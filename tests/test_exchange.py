@@ -69,7 +69,9 @@ def test_what_fades_meanwhile_replaces_nothing():
 def test_a_release_pays(host):
     """At the verdict, what stays is worth more than what would go, and nothing else could be gained by."""
     verdicts = []
-    run = start("residual", "depgraph", host=host, rectify=SelfRectifying(), smooth=SmoothPruning(steps=20))
+    run = start(
+        "residual", "depgraph", host=host, rectify=SelfRectifying.exchange(), smooth=SmoothPruning(steps=20)
+    )
     releases = Exchange.releases
 
     def noted(self, keys, worth, fading):
@@ -123,7 +125,7 @@ def test_a_live_structure_is_worth_what_its_gradient_says():
 def test_training_does_not_notice_a_random_host():
     """To ask the host what it would take next costs no random number of the loop."""
     ends = []
-    for rectify in (None, SelfRectifying(max_share=1e-9)):
+    for rectify in (None, SelfRectifying(criterion="worth", max_share=1e-9)):
         torch.manual_seed(0)
         run = start(
             "residual",
@@ -153,7 +155,7 @@ def test_a_host_without_anything_else_to_give_releases_nothing():
         "depgraph",
         host=always,
         target=Target(structures=0.95),
-        rectify=SelfRectifying(),
+        rectify=SelfRectifying.exchange(),
         smooth=SmoothPruning(steps=8),
     )
     for _ in range(40):
@@ -164,7 +166,7 @@ def test_a_host_without_anything_else_to_give_releases_nothing():
 @pytest.mark.parametrize("host", ["depgraph", "otov2-partition", "gates-own"])
 def test_every_host_says_what_it_would_take_next(host):
     """Live structures, in disjoint parts, the next of its own ranking."""
-    run = start("residual", host, rectify=SelfRectifying(), smooth=SmoothPruning(steps=10))
+    run = start("residual", host, rectify=SelfRectifying.exchange(), smooth=SmoothPruning(steps=10))
     for _ in range(40):
         run.step()
         if run.pruner.engine.decaying:

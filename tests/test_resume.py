@@ -4,6 +4,7 @@ import copy
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,8 @@ OPTIMIZERS = {
 def begin(host_name: str, optimizer: str, arm: str) -> Run:
     if arm != "worth":
         return start("residual", host_name, arm, optimizer=OPTIMIZERS[optimizer])
-    worth = SelfRectifying(
-        warmup=0.0, judge_from=0.5, retries=1
+    worth = replace(
+        SelfRectifying.exchange(), warmup=0.0, judge_from=0.5, retries=1
     )  # stopped between the offer and the verdict, too
     return start("residual", host_name, optimizer=OPTIMIZERS[optimizer], rectify=worth)
 

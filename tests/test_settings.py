@@ -151,7 +151,7 @@ def released(seen, **settings):
 
 def test_criteria():
     rate, length, first = [0.5, 0.5, -0.5], [0.5, -0.5, 0.5], [0.0, 2.0, 1.0]
-    seen = resistance(c_rate=rate, c_len=length, first_order=first, worth=first)
+    seen = resistance(c_rate=rate, c_len=length, first_order=first)
     old = resistance(outward=rate, regrowth=length)
     assert released(seen, t_rate=0, t_len=0) == [True, False, False]
     assert released(seen, t_rate=0, t_len=0, criterion="rate") == [True, True, False]

@@ -396,9 +396,9 @@ class Engine:
                 raise ConfigError("a structure both decays and is held")
             self._load_weights(self._fading.batch, state["kept"])
         self._exchange = None
-        if state["exchange"] is not None:
+        if (exchange := state.get("exchange")) is not None:  # older states have none
             self._exchange = Exchange.from_state(
-                state["exchange"], self.structures, self._parameters(), self.smooth.roles
+                exchange, self.structures, self._parameters(), self.smooth.roles
             )
 
     def _saved_weights(self) -> dict[str, Any] | None:
