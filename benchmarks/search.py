@@ -37,10 +37,15 @@ PAPER = [
 ]
 #: What SR has to mend.
 RANKINGS = {
-    "magnitude": ["prune.host.normalizer=none"],
-    "magnitude / mean": ["prune.host.normalizer=mean"],
-    "Taylor / mean": ["prune.host.importance=taylor", "prune.host.normalizer=mean"],
-    "local magnitude": ["prune.host.scope=local"],
+    "default": [],
+    "magnitude": [
+        "prune.host.importance=magnitude",
+        "prune.host.normalizer=none",
+        "prune.host.reduction=mean",
+    ],
+    "magnitude / mean": ["prune.host.importance=magnitude"],
+    "Taylor / mean": ["prune.host.importance=taylor"],
+    "local magnitude": ["prune.host.importance=magnitude", "prune.host.scope=local"],
 }
 #: One step, or a decay under Gate Decorator.
 FADING: Grid = {
@@ -58,6 +63,7 @@ GRIDS: dict[str, Grid] = {
             [
                 f"prune.host.importance={importance}",
                 f"prune.host.normalizer={normalizer}",
+                "prune.host.reduction=mean",
                 f"prune.host.per={per}",
             ],
         )
@@ -68,7 +74,11 @@ GRIDS: dict[str, Grid] = {
     "ranking-few": {  # those that CREPE leaves to choose from
         f"{importance}, {normalizer}, per structure": (
             "single",
-            [f"prune.host.importance={importance}", f"prune.host.normalizer={normalizer}"],
+            [
+                f"prune.host.importance={importance}",
+                f"prune.host.normalizer={normalizer}",
+                "prune.host.reduction=mean",
+            ],
         )
         for normalizer in ("none", "mean")
         for importance in ("magnitude", "magnitude-l1", "taylor", "lamp")

@@ -192,6 +192,21 @@ def test_settings_of_host_smooth_and_rectify_are_their_dataclasses() -> None:
     assert built.rectify == SelfRectifying(t_rate=0.3)
 
 
+def test_none_is_no_value_unless_it_is_one_of_the_choices() -> None:
+    def prune(*assignments: str) -> Prune:
+        return Recipe.from_dict(settings.override({}, assignments)).prune
+
+    assert prune("prune.rectify=none").rectify is None
+    assert prune("prune.rectify.average=none").rectify.average is None
+    host = prune("prune.host.importance=magnitude", "prune.host.normalizer=none").host
+    assert host.normalizer == "none"
+    again = Recipe.from_dict(
+        Recipe.from_dict({"prune": {"host": {"kind": "depgraph", "normalizer": "none"}}}).to_dict()
+    )
+    assert again.prune.host.normalizer == "none"  # type: ignore[union-attr]
+    assert Recipe.from_dict(Recipe.from_dict({}).to_dict()).prune.host.normalizer is None  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
