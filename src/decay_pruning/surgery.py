@@ -290,7 +290,8 @@ def _sort_places(model: nn.Module, kept: Kept) -> tuple[list[_Cut], dict[str, di
 
 def registered(model: nn.Module, name: str) -> Tensor | None:
     module, leaf = parent(model, name)
-    return module._parameters.get(leaf, module._buffers.get(leaf))
+    tables: tuple[Any, Any] = module._parameters, module._buffers  # no dicts where the module is a script
+    return next((table[leaf] for table in tables if leaf in table), None)
 
 
 def _take(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
@@ -572,7 +573,7 @@ def only_what_is_left(model: nn.Module, kept: Kept) -> Iterator[None]:
     """
     inside: dict[str, dict[Place, Tensor]] = {}
     for (name, dim), keep in kept.items():
-        owner = _mixer(model, name)
+        owner = mixer(model, name)
         if owner is not None:
             inside.setdefault(owner, {})[name[len(owner) + 1 if owner else 0 :], dim] = keep
     modules = {model.get_submodule(owner): places for owner, places in inside.items()}
@@ -586,7 +587,7 @@ def only_what_is_left(model: nn.Module, kept: Kept) -> Iterator[None]:
             module.__dict__.pop("forward", None)
 
 
-def _mixer(model: nn.Module, name: str) -> str | None:
+def mixer(model: nn.Module, name: str) -> str | None:
     """The module that a place belongs to, if it may mix its whole width: an attention, or a leaf of vectors only."""
     path = name.rpartition(".")[0]
     above = path.rpartition(".")[0]

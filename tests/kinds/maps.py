@@ -53,7 +53,7 @@ def radix() -> Made:
     return Split(), image(2, 6, 7)
 
 
-@kind("channel shuffle: 3 groups in one dimension, by view and transpose", {"a": 4})
+@kind("channel shuffle: 3 groups in one dimension, by view and transpose", {"a": 2, "b": 3})
 def shuffle_1d() -> Made:
     def run(m: Net, x: Tensor) -> Tensor:
         y = m.a(x)
@@ -222,7 +222,7 @@ def folded_multiplier() -> Made:
     ), image(2, 2, 3, 3, 2)
 
 
-@kind("index maps: a split in three, the middle one goes on and the others meet", {"b": 4, "c": 2}, {"a": "its width is split by split_with_sizes (maps.py:"})
+@kind("index maps: a split in three, the middle one goes on and the others meet", {"b": 4, "c": 2}, {"a[3:]": "split_sizes=[3, 4, 3]", "a": "its width is split by split_with_sizes (maps.py:"})
 def middle() -> Made:
     def run(m: Net, x: Tensor) -> Tensor:
         left, mid, right = m.a(x).split([3, 4, 3], -1)
@@ -244,7 +244,7 @@ def reverse() -> Made:
     ), image(2, 3, 4)
 
 
-@kind("index maps: two slices that overlap, of channels last", {"b": 5}, {"a": "its width is split by slice (maps.py:"})
+@kind("index maps: two slices that overlap, of channels last", {"b": 5}, {n: "its width is split by slice (maps.py:" for n in ("a", "a[3:]", "a[6:]")})
 def overlap() -> Made:
     def run(m: Net, x: Tensor) -> Tensor:
         y = m.a(x)

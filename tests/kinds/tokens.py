@@ -19,7 +19,7 @@ def heads(x: Tensor, n: int) -> Tensor:
     return x.unflatten(-1, (n, -1)).transpose(1, 2)
 
 
-@kind("fused attention: key and value in one layer, queries apart, 3 heads over pixels", {"q": 4, "v": 4, "enter": 7})
+@kind("fused attention: key and value in one layer, queries apart, 3 heads over pixels", {"enter": 7}, {"q": "attention scales its scores by the head width", "kv": "shares its width with 'q'"})
 def cross_pixels() -> Made:
     def run(m: Net, x: Tensor) -> Tensor:
         f = m.enter(x)
@@ -115,7 +115,7 @@ def distances() -> Made:
     return Block(), image(2, 5, 6)
 
 
-@kind("learned queries: a parameter repeated over the batch reads the tokens", {"q": 8, "lift": 5, "v": 8})
+@kind("learned queries: a parameter repeated over the batch reads the tokens", {"query": 4, "q": 8, "lift": 5, "v": 8})
 def reads() -> Made:
     def run(m: Net, x: Tensor) -> Tensor:
         query = m.query.unsqueeze(0).repeat(len(x), 1, 1)
@@ -217,7 +217,7 @@ def soft_experts() -> Made:
     ), image(2, 6, 4)
 
 
-@kind("state space: a scan written as a loop (Mamba)", {"enter": 6, "in_proj": 8, "x_proj": 2, "x_proj[2:]": 4})
+@kind("state space: a scan written as a loop (Mamba)", {"enter": 6, "in_proj": 8, "x_proj": 4, "x_proj[0:]": 2})
 def scan() -> Made:
     class Scan(nn.Module):
         def __init__(self) -> None:
@@ -336,7 +336,7 @@ def cross_covariance_of_maps() -> Made:
     ), image(2, 3, 4, 4)
 
 
-@kind("LoRA that merges: a gate on the module, the convolution merges in eval()", {"enter": 6, "layer": 5})
+@kind("LoRA that merges: a gate on the module, the convolution merges in eval()", {"enter": 6, "layer": 5, "layer.down": 2})
 def merging_convolution() -> Made:
     class Lora(nn.Conv1d):
         def __init__(self) -> None:

@@ -16,12 +16,13 @@ from tests.nets import Net, image
 
 Made = tuple[nn.Module, Any]
 CHANGES = "changes what is left"
+SILENT = "does not react"
 
 
 # ------------------------------------------------------------------- A: what one evaluation forward does not show
 
 
-@kind("hidden reader: deep supervision, the last head alone answers in evaluation", {"enter": 5, "heads.0.0": 4, "blocks.0": 6, "heads.1.0": 4})
+@kind("hidden reader: deep supervision, the last head alone answers in evaluation", {"enter": 5, "heads.0.0": 4, "blocks.0": 6, "heads.1.0": 4, "blocks.1": 6})
 def deep_supervision() -> Made:
     def run(m: Net, x: Tensor) -> Any:
         y, said = m.enter(x).relu(), []
@@ -91,7 +92,7 @@ def blind(run: Any, **layers: nn.Module) -> Made:
     return Net(run, a=nn.Linear(5, 9), b=nn.Linear(9, 7), out=nn.Linear(7, 4), **layers), image(3, 5)
 
 
-@kind("blind proof: a large constant is added to what comes out", {"b": 7}, {"a": CHANGES})
+@kind("blind proof: a large constant is added to what comes out", {}, {"a": SILENT, "b": SILENT})
 def lifted() -> Made:
     return blind(lambda m, x: wrong(m, x) + 1e6)
 
@@ -101,12 +102,12 @@ def rounded() -> Made:
     return blind(lambda m, x: (wrong(m, x) * 8).round() / 8)
 
 
-@kind("blind proof: squeezed through a saturated sigmoid", {"b": 7}, {"a": CHANGES})
+@kind("blind proof: squeezed through a saturated sigmoid", {}, {"a": SILENT, "b": SILENT})
 def saturated() -> Made:
     return blind(lambda m, x: torch.sigmoid(wrong(m, x) + 20))
 
 
-@kind("blind proof: a sum of squares over everything, one number", {"b": 7}, {"a": CHANGES})
+@kind("blind proof: a sum of squares over everything, one number", {"b": 7, "out": 4}, {"a": CHANGES})
 def one_number() -> Made:
     return blind(lambda m, x: {"loss": wrong(m, x).square().sum()})
 
@@ -157,7 +158,7 @@ def clipped() -> Made:
     return Net(run, a=nn.Linear(4, 7), b=nn.Linear(7, 6), out=nn.Linear(6, 2)), image(3, 4)
 
 
-@kind("forward writes: a codebook that training moves (VQ), nearest by distance", {"a": 7, "b": 6})
+@kind("forward writes: a codebook that training moves (VQ), nearest by distance", {"a": 7, "b": 6}, {"z": "Codes 'codes' mixes its whole width"})
 def codebook() -> Made:
     class Codes(nn.Module):
         def __init__(self) -> None:
@@ -179,7 +180,7 @@ def codebook() -> Made:
     ), image(9, 4)  # fmt: skip
 
 
-@kind("torch's helpers: forces are the gradient of an energy", {"a": 7, "b": 6})
+@kind("torch's helpers: forces are the gradient of an energy", {"a": 7, "b": 6}, {"out": "has a single structure"})
 def forces() -> Made:
     def run(m: Net, x: Tensor) -> Any:
         with torch.enable_grad():
@@ -257,7 +258,7 @@ def number_of_channels() -> Made:
     ), image(3, 4)  # fmt: skip
 
 
-@kind("heads by width: three heads become two under the switch, tokens of the batch mixed", {"o": 6}, {}, allow_inexact=True)
+@kind("heads by width: three heads become two under the switch, tokens of the batch mixed", {"q": 3, "o": 6}, {"k": "is mixed by softmax", "v": "is mixed by softmax"}, allow_inexact=True)
 def scrambled() -> Made:
     def run(m: Net, x: Tensor) -> Tensor:
         q, k, v = (f(x).view(len(x), -1, 3).softmax(-1) for f in (m.q, m.k, m.v))

@@ -23,7 +23,7 @@ def weight_norm_transposed() -> Made:
     ), image(2, 3, 5)
 
 
-@kind("weight norm: written by hand, one length for all rows", {"a": 6})
+@kind("weight norm: written by hand, one length for all rows", {"g": 6})
 def weight_norm_by_hand() -> Made:
     def run(m: Net, x: Tensor) -> Tensor:
         w = m.g * m.v / m.v.norm(dim=1, keepdim=True)
@@ -109,7 +109,7 @@ def basis() -> Made:
     ), image(2, 4, 6)
 
 
-@kind("functional weights: the layers are slices of one tensor", {"enter": 5})
+@kind("functional weights: the layers are slices of one tensor", {"bank": 5})
 def bank() -> Made:
     def run(m: Net, x: Tensor) -> Tensor:
         y = m.enter(x)

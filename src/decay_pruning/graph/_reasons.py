@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from decay_pruning.graph.axes import leaves, reason
+from decay_pruning.graph.names import owner_of
 from decay_pruning.graph.trace import Trace
 from decay_pruning.structures import Role, StructureSet
 
@@ -31,7 +32,8 @@ def named(trace: Trace, structures: StructureSet, shared: Mapping[str, str]) -> 
         weights = [names[id(p)] for p in module.parameters(recurse=False) if p.ndim > 1]
         key = name or (weights[0] if weights else "")
         whole = _attention_above(trace.model, name)
-        if not weights or covered & set(weights) or key in said or whole in structures.groups:
+        key = owner_of(f"{key}.original") if weights and ".parametrizations." in f".{key}." else key
+        if not weights or covered & set(weights) or whole in structures.groups or said.keys() & {key, *weights}:
             continue
         head = shared.get(key, key)
         if whole in said:

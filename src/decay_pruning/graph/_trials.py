@@ -129,7 +129,7 @@ class Trials:
         return [name for name in silent if not self._reacts(name, before)]
 
     def _reacts(self, name: str, before: list[proof.Output]) -> bool:
-        undo = surgery._zero(self.model, self.structures, self._many([name]))
+        undo = surgery._zero(self.model, self.structures, {name: self.structures.groups[name].ids.tolist()})
         try:
             after = self._settings.observe(self.model, self._settings.dtypes[0])
             return self._settings.change(before, after)[0] > _REACTION

@@ -168,6 +168,10 @@ def _nature(model: nn.Module, group: LayerGroup) -> str:
         )
         if norm and c.role is not Role.COLUMN:
             return f"{type(owner).__name__} {c.tensor.rpartition('.')[0]!r} normalises over this width"
+    for c in group.couplings:
+        name = surgery.mixer(model, c.tensor)
+        if name is not None:
+            return f"{type(model.get_submodule(name)).__name__} {name!r} mixes its whole width"
     return "attention scales its scores by the head width"
 
 

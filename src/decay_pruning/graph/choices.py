@@ -25,7 +25,7 @@ from decay_pruning.graph.axes import (
     product,
     terms,
 )
-from decay_pruning.graph.families import owner_of
+from decay_pruning.graph.names import owner_of
 from decay_pruning.graph.trace import CROSSING, IGNORED, OPERATION, Trace
 from decay_pruning.structures import Role
 

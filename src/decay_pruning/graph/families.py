@@ -7,24 +7,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from decay_pruning.graph import _reasons
 from decay_pruning.graph.axes import Atom, Axis, Indices, layout
+from decay_pruning.graph.names import owner_of
 from decay_pruning.graph.trace import Dim, Trace
 from decay_pruning.structures import Coupling, LayerGroup, Place, Role, StructureSet
 
 _PRODUCES = (Role.ROW, Role.SCALE, Role.BIAS, Role.OTHER)
-
-
-def owner_of(tensor: str) -> str:
-    """The layer that a parameter belongs to, also where it is behind a parametrization."""
-    head, _, leaf = tensor.rpartition(".")
-    head = head.split("parametrizations.")[0].rstrip(".")
-    plain = leaf.startswith(
-        ("weight", "bias", "in_proj", "original", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-    )
-    return head if plain and head else tensor
 
 
 @dataclass
@@ -79,6 +70,14 @@ class _Family:
     def produced(self) -> list[Place]:
         return [place for place, (role, _, _) in self.places.items() if role is Role.ROW]
 
+    def claim(self, parameters: Mapping[str, Tensor]) -> None:
+        """A width that no layer makes is made by the first tensor whose use says nothing else."""
+        if self.atom.reason is None and not self.produced:
+            for place, (role, owners, positions) in self.places.items():
+                if role is Role.OTHER and place[0] in parameters and parameters[place[0]].ndim > 1:
+                    self.places[place] = Role.ROW, owners, positions
+                    break
+
 
 @dataclass
 class Assembly:
@@ -105,6 +104,7 @@ def assemble(trace: Trace, names: Mapping[int, str] = {}) -> Assembly:
     groups: dict[str, LayerGroup] = {}
     refused: list[tuple[list[str], str, list[Place]]] = []
     for family in families:
+        family.claim(trace.parameters)
         producers = family.producers(aliases)
         why = _refusal(trace, family)
         if not family.produced:  # what no layer makes is no width of the model's own

@@ -212,19 +212,23 @@ def describe(trace: Trace) -> None:
             if isinstance(module, kind):
                 add(Layer(trace, module, name))
                 break
-    _weight_norms(trace)
+    _directions(trace)
 
 
-def _weight_norms(trace: Trace) -> None:
-    """Direction and length (v and g): the length decays; a direction of zeros would have no norm to divide by."""
-    for name, _ in trace.dims:
-        for ends, other in (("_v", "_g"), (".original1", ".original0")):
-            length = name.removesuffix(ends) + other
-            if not name.endswith(ends) or (length, 0) not in trace.dims:
-                continue
-            for (tensor, d), dim in trace.dims.items():
-                if tensor == length:
-                    dim.role = Role.ROW
-                    direction = trace.dims.get((name, d))
-                    if direction is not None and dim.axis.size > 1:
-                        direction.role = Role.BUFFER
+def _directions(trace: Trace) -> None:
+    """What a weight is divided by is cut and never zeroed: rows of zeros have no norm. Their lengths decay instead."""
+    for names, lengths, divisor in trace.directions:
+        rows = _atoms(divisor)
+        if lengths is not None:
+            scales = [dim for dim in trace.dims.values() if dim.place[0] in lengths & trace.parameters.keys()]
+            scales = [dim for dim in scales if rows & _atoms([dim.axis])]
+            rows &= _atoms([dim.axis for dim in scales])
+            for dim in scales:
+                dim.role = Role.ROW
+        for dim in trace.dims.values():
+            if dim.place[0] in names and rows & _atoms([dim.axis]):
+                dim.role = Role.BUFFER
+
+
+def _atoms(axes: Axes) -> set[int]:
+    return {id(atom) for axis in axes for atom in leaves(axis) if atom.size > 1}

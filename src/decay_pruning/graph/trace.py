@@ -74,6 +74,8 @@ class Trace:
         live: names of parameters from which an output follows.
         calls: layer → axes of its first input and first output.
         integers: own module → the integers and tuples on it that a run has read.
+        directions: names of what weights are divided by, axes of the divisor, and names of what scales them beside
+            (None where the model divides something else).
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -89,6 +91,7 @@ class Trace:
         self.live: set[str] = set()
         self.silence = ""
         self.integers: dict[str, dict[str, Any]] = {}
+        self.directions: list[tuple[set[str], set[str] | None, Axes]] = []
         self._of_axis: dict[int, Dim] = {}
         self._tensors: dict[int, tuple[str, Axes]] = {}
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -116,6 +119,11 @@ class Trace:
     def is_place(self, axis: Axis) -> bool:
         """Whether this is the axis of a parameter or buffer itself."""
         return id(axis) in self._of_axis
+
+    def is_layer(self, axes: Axes) -> bool:
+        """Whether a matrix is a weight as torch's layers have it, (out, in), that is read the other way round."""
+        places = [dim.place for axis in axes if (dim := self._of_axis.get(id(axis)))]
+        return len(places) == 2 and places[0][0] == places[1][0] and places[0][1] > places[1][1]
 
     def is_parameter(self, axis: Axis) -> bool:
         """Whether this is the axis of a parameter itself."""
@@ -207,6 +215,19 @@ class _Value:
     base: _Value | None = None
     derived: bool = False  # from parameters and buffers alone
     parameter: str | None = None
+    divisors: tuple[_Value, ...] = ()  # what it was divided by, derived as well
+
+    def names(self) -> set[str]:
+        """The parameters and buffers that a derived value comes from."""
+        found: set[str] = set()
+        todo, seen = [self], set()
+        while todo:
+            value = todo.pop()
+            if id(value) not in seen:
+                seen.add(id(value))
+                found |= {value.parameter} if value.parameter else set()
+                todo += value.parents
+        return found
 
 
 class _Run(TorchDispatchMode):
@@ -275,6 +296,7 @@ class _Run(TorchDispatchMode):
         derived = bool(inputs) and all(v.derived for v in inputs)
         if not derived:
             found = [[_anonymous(self.trace, axis) for axis in axes] for axes in found]
+        divisors = self._divisors(op, inputs)
         mutates, aliases = _effects(op.function)
         for tensor, axes in zip(op.outputs, found, strict=True):
             if mutates and any(tensor is t for t in op.inputs):
@@ -285,10 +307,24 @@ class _Run(TorchDispatchMode):
                 while value.base is not None:
                     value = value.base
                     value.parents += [v for v in inputs if v is not value]
+                value.divisors = divisors if derived else value.divisors
                 continue
             value = self.see(tensor, axes)
             value.parents, value.derived = inputs, derived
             value.base = inputs[0] if aliases and inputs else None
+            value.divisors = divisors if derived else ()
+
+    def _divisors(self, op: Op, inputs: Sequence[_Value]) -> tuple[_Value, ...]:
+        """Weights that this operation divides by. Noted where the quotient, or the divisor itself, meets an activation."""
+        own = tuple(self.value(t) for t in _divisor(op))
+        before = tuple(d for v in inputs for d in v.divisors)
+        if not all(v.derived for v in inputs):
+            for value in inputs:
+                if value.divisors:
+                    rest = value.names() - {name for d in value.divisors for name in d.names()}
+                    self.trace.directions += [(d.names(), rest, d.axes) for d in value.divisors]
+            self.trace.directions += [(d.names(), None, d.axes) for d in own if d.derived]
+        return (*before, *own)
 
     def finish(self, output: Any) -> None:
         """Outputs keep their shape; what leads to them is alive."""
@@ -312,6 +348,15 @@ class _Run(TorchDispatchMode):
                 self.trace.live.add(value.parameter)
             todo += value.parents
         self._seen.clear()
+
+
+def _divisor(op: Op) -> Iterator[Tensor]:
+    """What an operation divides by: it must not be zero."""
+    negative = op.name == "pow" and isinstance(op["exponent"], int | float) and op["exponent"] < 0
+    name = {"div": "other", "reciprocal": "self", "rsqrt": "self", "_weight_norm_interface": "v"}.get(op.name)
+    mine = op["self"] if negative else op.get(name) if name else None
+    if isinstance(mine, Tensor):
+        yield mine
 
 
 def _anonymous(trace: Trace, axis: Axis) -> Axis:
@@ -381,6 +426,11 @@ class Op:
 
     def get(self, argument: str, default: Any = None) -> Any:
         return self.arguments.get(argument, default)
+
+    @property
+    def derived(self) -> bool:
+        """Whether all that goes in is made of parameters and buffers alone."""
+        return all(self._run.value(t).derived for t in self.inputs)
 
     @property
     def output(self) -> Tensor:

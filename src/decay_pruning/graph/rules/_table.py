@@ -100,6 +100,7 @@ def mark(op: Op, axes: Sequence[Axis]) -> None:
     "floor_divide",
     "isclose",
     "fake_quantize_per_tensor_affine_cachemask",
+    "nan_to_num",
 )
 def elementwise(op: Op) -> Axes:
     """Dimensions from the last on are one, where neither has size 1."""

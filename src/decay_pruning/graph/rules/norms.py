@@ -76,6 +76,12 @@ def weight_norm(op: Op) -> list[Axes]:
     return [v]
 
 
+@rule("embedding_renorm")
+def shorten(op: Op) -> Axes:
+    """Rows are shortened to a largest norm, to which zeros add nothing."""
+    return op.axes("self")
+
+
 #: Zeros do not change these, so positions that are zero can go.
 _ADDITIVE = {"sum", "nansum", "linalg_vector_norm", "norm", "any", "count_nonzero"}
 _MEANS = {"mean", "var", "std", "var_mean", "std_mean"}

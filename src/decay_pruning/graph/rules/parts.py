@@ -146,32 +146,99 @@ def pad(op: Op) -> Axes:
     return x
 
 
-@rule("index", "index_select", "gather", "take_along_dim")
+@rule("index")
 def index(op: Op) -> Axes:
+    x, found = _read(op)
+    return found
+
+
+@rule("index_put", "_index_put_impl")
+def index_put(op: Op) -> Axes:
+    x, found = _read(op)
+    for mine, axis in zip(reversed(found), reversed(op.axes("values")), strict=False):
+        if axis.size == mine.size:
+            op.tie(mine, axis)
+    return x
+
+
+def _read(op: Op) -> tuple[Axes, Axes]:
+    """Axes of a tensor, and of what is read from it by lists of positions and masks."""
     x = op.axes("self")
-    if op.name == "index":
-        at_dims = [d for d, i in enumerate(op["indices"]) if i is not None]
-        given = [i for i in op["indices"] if i is not None]
-        op.refuse([x[d] for d in at_dims], "is read by position in")
-        for tensor in given:
-            op.refuse(op.axes(tensor), "is an index of")
-        rest = [axis for d, axis in enumerate(x) if d not in at_dims]
-        new = [op.fixed(int(n)) for n in torch.broadcast_shapes(*(i.shape for i in given))]
-        if any(i.dtype in (torch.bool, torch.uint8) for i in given):
-            op.refuse(x, "is read by a mask in")
-            return [op.fixed(int(n)) for n in op.output.shape]
-        together = at_dims == list(range(at_dims[0], at_dims[-1] + 1))
-        where = at_dims[0] if together else 0
-        return [*rest[:where], *new, *rest[where:]]
+    kept: list[Axis | None] = []  # None where positions are given
+    read: Axes = []
+    shapes = []
+    for given in op["indices"]:
+        d = len(kept)
+        if given is None:
+            kept.append(x[d])
+            continue
+        mask = given.dtype in (torch.bool, torch.uint8)
+        many = given.ndim if mask else 1
+        read += [*x[d : d + many], *op.axes(given)]
+        kept += [None] * many
+        shapes.append((int(given.sum()),) if mask and not given.is_meta else tuple(given.shape[:1] if mask else given.shape))
+    op.refuse(read, "is read by position in")
+    new = [op.fixed(int(n)) for n in torch.broadcast_shapes(*shapes)]
+    first, last = kept.index(None), len(kept) - kept[::-1].index(None)
+    where = first if None in kept and all(k is None for k in kept[first:last]) else 0
+    rest = [axis for axis in [*kept, *x[len(kept) :]] if axis is not None]
+    return x, [*rest[:where], *new, *rest[where:]]
+
+
+@rule("index_select")
+def index_select(op: Op) -> Axes:
+    x = op.axes("self")
     d = op["dim"] % max(len(x), 1)
-    op.refuse([x[d]], "is read by position in")
-    if op.name == "index_select":
-        return [*x[:d], op.fixed(int(op.output.shape[d])), *x[d + 1 :]]
-    places = op.axes("index")
-    op.refuse(places, "is an index of")
-    for k, axis in enumerate(x):
-        if axis.size != places[k].size or k == d:
-            op.refuse([axis], "is read by position in")
-        else:
-            op.tie(axis, places[k])
-    return places
+    op.refuse([x[d], *op.axes("index")], "is read by position in")
+    return [*x[:d], op.fixed(int(op.output.shape[d])), *x[d + 1 :]]
+
+
+@rule("index_add", "index_copy", "index_reduce")
+def index_add(op: Op) -> Axes:
+    """Rows of one tensor go to given places of another one."""
+    x, source = op.axes("self"), op.axes("source")
+    d = op["dim"] % len(x)
+    op.refuse([x[d], source[d], *op.axes("index")], "is written by position in")
+    for k, (mine, axis) in enumerate(zip(x, source, strict=True)):
+        if k != d:
+            op.tie(mine, axis)
+    return x
+
+
+@rule("index_fill")
+def index_fill(op: Op) -> Axes:
+    x = op.axes("self")
+    op.refuse([x[op["dim"] % len(x)], *op.axes("index")], "is written by position in")
+    return x
+
+
+@rule("gather", "take_along_dim", "scatter", "scatter_add", "scatter_reduce")
+def gather(op: Op) -> Axes:
+    """Positions along one dimension, given one by one; along the others nothing moves."""
+    x, places = op.axes("self"), op.axes("index")
+    d = op["dim"] % max(len(x), 1)
+    others = [op.axes(name) for name in ("src",) if isinstance(op.get(name), torch.Tensor)]
+    op.refuse([axes[d] for axes in (x, places, *others)], "is read by position in")
+    for k, place in enumerate(places):
+        for axes in (x, *others) if k != d else ():
+            if axes[k].size == place.size:
+                op.tie(axes[k], place)
+            else:
+                op.refuse([axes[k], place], "is read by position in")
+    return places if op.name in ("gather", "take_along_dim") else x
+
+
+@rule("_pack_padded_sequence")
+def pack(op: Op) -> list[Axes]:
+    """Steps of all sequences one after the other, and how many sequences each step has."""
+    x = op.axes("input")
+    op.refuse(x[:2], "is packed by")
+    return [[op.fixed(int(op.output.shape[0])), *x[2:]], [op.fixed(int(op.outputs[1].shape[0]))]]
+
+
+@rule("_pad_packed_sequence")
+def unpack(op: Op) -> list[Axes]:
+    x = op.axes("data")
+    op.refuse(x[:1], "is unpacked by")
+    first = [op.fixed(int(n)) for n in op.output.shape[:2]]
+    return [[*first, *x[1:]], [op.fixed(int(op.outputs[1].shape[0]))]]

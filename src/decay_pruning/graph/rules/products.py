@@ -10,17 +10,22 @@ from decay_pruning.graph.trace import OPERATION, Axes, Op
 from decay_pruning.structures import Role
 
 
+def multiply(op: Op, a: Axes, b: Axes) -> Axes:
+    """Sum over products along an axis that both matrices have: the last one of `a`, the first one of `b`."""
+    apart = op.derived and not op.trace.is_layer(b)  # both are weights, and so is what comes out: its use will show
+    op.role(a[-1], Role.COLUMN if apart or not op.derived else Role.ROW)
+    op.role(b[0], Role.ROW if apart else Role.COLUMN)
+    op.tie(a[-1], b[0])
+    out = [*a[:-1], *b[1:]]
+    for axis in out if not apart else ():
+        op.role(axis, Role.ROW)
+    return out
+
+
 def contract(op: Op, a: Axis, b: Axis) -> None:
-    """Sum over products along an axis that both inputs have."""
     op.role(a, Role.COLUMN)
     op.role(b, Role.COLUMN)
     op.tie(a, b)
-
-
-def produce(op: Op, *axes: Axis) -> Axes:
-    for axis in axes:
-        op.role(axis, Role.ROW)
-    return list(axes)
 
 
 def add_bias(op: Op, argument: str, out: Axes) -> Axes:
@@ -53,8 +58,7 @@ def matrix_product(op: Op) -> Axes:
             return [op.fixed(int(n)) for n in op.output.shape]
         fix(b[0], Reason(OPERATION, "counts experts"))
         b = b[1:]
-    contract(op, a[-1], b[0])
-    out = produce(op, *a[:-1], *b[1:])
+    out = multiply(op, a, b)
     return add_bias(op, {"linear": "bias"}.get(op.name, "self" if op.name.startswith("add") else "bias"), out)
 
 
@@ -64,8 +68,7 @@ def batched_product(op: Op) -> Axes:
     a, b = op.axes(first), op.axes(second)
     op.tie(a[0], b[0])
     op.trace.heads.append(a[0])
-    contract(op, a[2], b[1])
-    out = [a[0], *produce(op, a[1], b[2])]
+    out = [a[0], *multiply(op, a[1:], b[1:])]
     return add_bias(op, "self", out) if op.name == "baddbmm" else out
 
 
@@ -110,8 +113,7 @@ def convolution(op: Op) -> Axes:
     groups, rows = int(op["groups"]), 0
     if op.get("transposed"):
         w, rows = [w[1], w[0], *w[2:]], 1  # rows first
-    op.refuse([*x[2:], *w[2:]], "is slid over by")
-    space = [op.fixed(int(n)) for n in op.output.shape[2:]]
+    space = _space(op, x[2:], w[2:])
     if rows and groups > 1 and groups == x[1].size:  # transposed depthwise: one dimension is both
         op.role(w[1], Role.ROW)
     for axis, role in ((w[0], Role.ROW), (w[1], Role.COLUMN)):
@@ -139,6 +141,20 @@ def convolution(op: Op) -> Axes:
     for atom in leaves(count if per_group.size > 1 else inner):
         atom.count = True
     return _with_bias(op, [x[0], out, *space])
+
+
+def _space(op: Op, x: Axes, w: Axes) -> Axes:
+    """The dimensions that a kernel slides over. One of a single position leaves them as they are."""
+    still = {"stride": 1, "padding": 0, "output_padding": 0}
+    out: Axes = []
+    for d, (axis, n) in enumerate(zip(x, op.output.shape[2:], strict=True)):
+        steps = {name: values[d % len(values)] for name in still if (values := op.get(name))}
+        if w[d].size == 1 and all(still[name] == n for name, n in steps.items()):
+            out.append(axis)
+        else:
+            op.refuse([axis, w[d]], "is slid over by")
+            out.append(op.fixed(int(n)))
+    return out
 
 
 def _with_bias(op: Op, out: Axes) -> Axes:
