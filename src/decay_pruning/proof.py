@@ -23,6 +23,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from decay_pruning.errors import SurgeryError
+from decay_pruning.steps import Steps
 
 log = logging.getLogger(__name__)
 
@@ -412,6 +413,7 @@ class Setting:
     training: bool
     where: str  # in words: "on the example inputs"
     still: bool = False  # it draws random numbers, which are taken out
+    steps: bool = False  # it rounds, which is looked through
 
 
 @torch.no_grad()
@@ -431,6 +433,8 @@ def _run(
         stack.callback(handle.remove)
         if setting.still:
             stack.enter_context(_Still())
+        if setting.steps:
+            stack.enter_context(Steps())
         state = _draws(model)
         found = tuple(leaf.detach().clone() for leaf in leaves(call(model, inputs)))
         random = not setting.still and not all(map(torch.equal, state, _draws(model)))
@@ -493,7 +497,7 @@ class Settings:
     def _add(self, model: nn.Module, setting: Setting) -> bool:
         """Take the setting on if the model runs there and says something."""
         try:
-            output = _run(model, setting, self.dtypes[0])
+            output = self._first(model, setting)
         except Exception as error:
             if setting.inputs is self.example_inputs and not setting.training and self.dtypes == [None]:
                 raise
@@ -508,6 +512,16 @@ class Settings:
             other = output
         self.moves.append(moving(output, other))
         return True
+
+    def _first(self, model: nn.Module, setting: Setting) -> Output:
+        """The output in a setting, which learns whether there are roundings that can be looked through."""
+        try:
+            with Steps() as steps:
+                output = _run(model, setting, self.dtypes[0])
+            setting.steps = steps.found
+            return output
+        except Exception:  # not what this is about, or the model needs whole numbers
+            return _run(model, setting, self.dtypes[0])
 
     def observe(
         self, model: nn.Module, dtype: torch.dtype | None, only: Sequence[int] | None = None
@@ -570,6 +584,8 @@ def _gradients(
         copies = stack.enter_context(stand_ins(model, dtype, setting.training, grad=True))
         if setting.still:
             stack.enter_context(_Still())
+        if setting.steps:
+            stack.enter_context(Steps())
         total: Any = 0.0
         for leaf, mask in zip(leaves(call(model, inputs)), moves, strict=False):
             if not leaf.is_floating_point() or leaf.grad_fn is None or mask.shape != leaf.shape:

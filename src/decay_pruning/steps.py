@@ -1,0 +1,39 @@
+"""Steps: a proof looks through roundings, behind which a small change would not show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_STEPS = frozenset({"round", "floor", "ceil", "trunc", "fix", "sign", "sgn"})
+
+
+class Steps(TorchDispatchMode):
+    """Rounding and quantising leave floating values as they are.
+
+    Attributes:
+        found: there was something to look through.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        plain = name.rstrip("_")
+        through = plain in _STEPS or "fake_quantize" in plain
+        if not through or not isinstance(args[0], Tensor) or not args[0].is_floating_point():
+            return func(*args, **(kwargs or {}))
+        self.found = True
+        if name.endswith("_"):
+            return args[0]
+        same = args[0].clone()
+        masked = len(func._schema.returns) > 1
+        return (same, torch.ones_like(same, dtype=torch.bool)) if masked else same
