@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
+from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -94,3 +97,29 @@ def test_what_can_go_is_offered_and_the_rest_says_why(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.groups])
 def test_half_of_every_layer_group_goes_exactly(name: str) -> None:
     assert not parting(KINDS[name])
+
+
+def everything(model: nn.Module) -> list[Any]:
+    """What building a pruner could change: values, identities, modes, attributes, lists, what is drawn next."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    found: list[Any] = [(name, id(t), t.tolist(), t.requires_grad, t.grad is None) for name, t in tensors]
+    for module in model.modules():
+        for key, value in module.__dict__.items():
+            if isinstance(value, Tensor):
+                found.append((key, id(value), value.tolist()))
+            elif isinstance(value, list | dict | set):
+                found.append((key, id(value), len(value)))
+            elif isinstance(value, int | float | str | bool | torch.Generator):
+                state = value.get_state().tolist() if isinstance(value, torch.Generator) else value
+                found.append((key, state))
+    return [*found, torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_model_is_left_as_it_was(name: str) -> None:
+    model, x = built(KINDS[name])
+    before, given = everything(model), [leaf.clone() for leaf in proof.leaves(x)]
+    with suppress(GraphError):
+        Graph(model, x, **KINDS[name].options)
+    assert everything(model) == before
+    assert all(map(torch.equal, given, proof.leaves(x)))

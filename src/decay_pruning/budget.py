@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from decay_pruning.checks import Count, Whole, above, as_inputs, check, checked
 from decay_pruning.counting import count
 from decay_pruning.errors import ConfigError
+from decay_pruning.keeping import contents
 from decay_pruning.structures import Picks, Place, Role, StructureSet
 from decay_pruning.surgery import call
 
@@ -109,8 +110,10 @@ def latency(model: nn.Module, example_inputs: Any, *, repeats: int = 20, warmup:
     model, example_inputs = checked(model, nn.Module, "model"), as_inputs(example_inputs)
     times = []
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    put_back = contents(model.modules())
     try:
+        for module, _ in modes:  # never by eval(): it may merge weights
+            module.training = False
         with torch.no_grad():
             for _ in range(warmup + repeats):
                 start = time.perf_counter()
@@ -119,6 +122,7 @@ def latency(model: nn.Module, example_inputs: Any, *, repeats: int = 20, warmup:
                     torch.cuda.synchronize()
                 times.append(time.perf_counter() - start)
     finally:
+        put_back()
         for module, mode in modes:
             module.training = mode
     return statistics.median(times[warmup:])

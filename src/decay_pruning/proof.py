@@ -23,6 +23,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from decay_pruning.errors import SurgeryError
+from decay_pruning.keeping import contents
 from decay_pruning.steps import Steps
 
 log = logging.getLogger(__name__)
@@ -155,6 +156,7 @@ def untouched(model: nn.Module, seed: int = 0) -> Iterator[None]:
     as before afterwards.
     """
     states = [(module, dict(module.__dict__)) for module in model.modules() if not _scripted(module)]
+    put_back = contents(module for module, _ in states)
     flags = [(module, module.training) for module in model.modules()]
     buffers = [
         (module, name, buffer, None if buffer is None else buffer.detach().clone())
@@ -170,6 +172,7 @@ def untouched(model: nn.Module, seed: int = 0) -> Iterator[None]:
             for module, state in states:
                 module.__dict__.clear()
                 module.__dict__.update(state)
+            put_back()
             for module, training in flags:
                 module.training = training
             for module, name, buffer, value in buffers:
@@ -254,6 +257,7 @@ def stand_ins(
     copies: dict[int, Tensor] = {}
     modules = [m for m in model.modules() if not _scripted(m)]
     saved = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers)) for m in modules]
+    put_back = contents(modules)
 
     def copy(tensor: Tensor, parameter: bool) -> Tensor:
         if id(tensor) not in copies:
@@ -285,6 +289,7 @@ def stand_ins(
             module._parameters.update(parameters)
             module._buffers.clear()
             module._buffers.update(buffers)
+        put_back()
 
 
 def cast(tensor: Tensor, dtype: torch.dtype | None, copy: bool = False) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from typing import Any
 
 import torch
@@ -180,6 +181,24 @@ def codebook() -> Made:
     ), image(9, 4)  # fmt: skip
 
 
+@kind("forward writes: the input is centred in place, noise comes from a generator of the model's own", {"a": 6, "b": 5})
+def centred() -> Made:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.out = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 2)
+            self.draw = torch.Generator().manual_seed(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x -= x.mean(0)
+            y = self.a(x).relu()
+            if self.training:
+                y = y + 0.1 * torch.randn(len(y), 1, generator=self.draw, dtype=y.dtype)
+            return self.out(self.b(y).relu())
+
+    return Noisy(), image(3, 4)
+
+
 @kind("torch's helpers: forces are the gradient of an energy", {"a": 7, "b": 6}, {"out": "has a single structure"})
 def forces() -> Made:
     def run(m: Net, x: Tensor) -> Any:
@@ -233,7 +252,9 @@ def packed_sequence() -> Made:
 
 @kind("torch's helpers: a layer in TorchScript in the middle", {"a": 6, "b": 5})
 def scripted() -> Made:
-    inner = torch.jit.script(nn.Sequential(nn.Linear(6, 6), nn.ReLU()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        inner = torch.jit.script(nn.Sequential(nn.Linear(6, 6), nn.ReLU()))
     return Net(
         lambda m, x: m.out(m.b(m.a(x) + m.inner(m.a(x))).relu()),
         a=nn.Linear(4, 6), inner=inner, b=nn.Linear(6, 5), out=nn.Linear(5, 2),

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from decay_pruning.counting._makers import CONSTANT, VIEWS, Axes, aligned
 from decay_pruning.counting._products import RULES, Ledger, Product, attention
 from decay_pruning.errors import GraphError
+from decay_pruning.keeping import unwritten
 from decay_pruning.surgery import call, untouched
 
 
@@ -31,7 +32,7 @@ def count(model: nn.Module, example_inputs: Any) -> list[Product]:
     """
     ledger = Ledger(model)
     counter = _Counter(ledger)
-    with untouched(model), torch.no_grad(), _eager(), _module_paths(model, ledger.path):
+    with untouched(model), unwritten(model), torch.no_grad(), _eager(), _module_paths(model, ledger.path):
         try:
             with _Attention(counter), counter:
                 call(model, example_inputs)

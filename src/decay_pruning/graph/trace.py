@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from decay_pruning import proof
 from decay_pruning.errors import GraphError
 from decay_pruning.graph.axes import Atom, Axis, Misaligned, Product, Reason, Sum, fix, is_fixed, unify
+from decay_pruning.keeping import unwritten
 from decay_pruning.structures import Place, Role
 
 log = logging.getLogger(__name__)
@@ -146,7 +147,7 @@ class Trace:
                 if training:
                     for module in self.modules:
                         module.training = True
-                with run:
+                with unwritten(self.model), run:
                     output = proof.call(self.model, example_inputs)
         finally:
             for module, values in kept:

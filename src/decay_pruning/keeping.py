@@ -1,0 +1,111 @@
+"""Keeping: what a forward pass writes on a model while it is looked at is taken back."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+#: What torch keeps on every module itself.
+_OF_TORCH = frozenset(vars(nn.Module()))
+_NO_STATE = Tensor | nn.Module | type | FunctionType | MethodType | ModuleType | torch.Size
+_DEPTH = 3
+
+
+def contents(modules: Iterable[nn.Module]) -> Callable[[], None]:
+    """Note what is in the lists, dictionaries, objects and generators that hang on modules. Returns a way back."""
+    undo: list[Callable[[], None]] = []
+    seen: set[int] = set()
+
+    def note(value: Any, depth: int) -> None:
+        if isinstance(value, _NO_STATE) or depth > _DEPTH or id(value) in seen:
+            return
+        if isinstance(value, torch.Generator):
+            undo.append(lambda state=value.get_state(): value.set_state(state))  # type: ignore[misc]
+        elif isinstance(value, dict):
+            undo.append(lambda old=dict(value): _fill(value, old))  # type: ignore[misc]
+        elif isinstance(value, list | deque):
+            undo.append(lambda old=list(value): _refill(value, old))  # type: ignore[misc]
+        elif isinstance(value, set):
+            undo.append(lambda old=set(value): value.intersection_update(old) or value.update(old))  # type: ignore[misc]
+        elif not isinstance(value, tuple) and hasattr(value, "__dict__"):
+            value = vars(value)
+            undo.append(lambda old=dict(value): _fill(value, old))  # type: ignore[misc]
+        elif not isinstance(value, tuple):
+            return
+        seen.add(id(value))
+        for each in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+            note(each, depth + 1)
+
+    for module in modules:
+        for name, value in vars(module).items():
+            if name not in _OF_TORCH:
+                note(value, 1)
+
+    def put_back() -> None:
+        for take in undo:
+            take()
+
+    return put_back
+
+
+def _fill(value: dict[Any, Any], old: Mapping[Any, Any]) -> None:
+    if value.keys() != old.keys() or any(value[key] is not old[key] for key in old):
+        value.clear()
+        value.update(old)
+
+
+def _refill(value: Any, old: Sequence[Any]) -> None:
+    if len(value) != len(old) or any(a is not b for a, b in zip(value, old, strict=True)):
+        value.clear()
+        value.extend(old)
+
+
+class _Written(TorchDispatchMode):
+    """Saves a parameter before the model writes to it: by a copy in place, through `.data`, through a view."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._parameters = {_storage(p): p for p in model.parameters() if not p.is_meta}
+        self.saved: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = dict(kwargs or {})
+        if func._schema.is_mutable:
+            for k, argument in enumerate(func._schema.arguments):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    self._save(args[k] if k < len(args) else given.get(argument.name))
+        return func(*args, **given)
+
+    def _save(self, target: Any) -> None:
+        for each in target if isinstance(target, list | tuple) else [target]:
+            parameter = self._parameters.get(_storage(each)) if isinstance(each, Tensor) else None
+            if parameter is not None and id(parameter) not in self.saved:
+                self.saved[id(parameter)] = parameter, parameter.detach().clone()
+
+
+def _storage(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # it has none: sparse, functional
+        return -1
+
+
+@contextmanager
+def unwritten(model: nn.Module) -> Iterator[None]:
+    """Parameters that the model writes to inside (clipped, shortened, merged) have their values back afterwards."""
+    written = _Written(model)
+    try:
+        with written:
+            yield
+    finally:
+        for parameter, value in written.saved.values():
+            parameter.data.copy_(value)
