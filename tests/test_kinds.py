@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from decay_pruning import proof, surgery
+from decay_pruning import measure, proof, surgery
 from decay_pruning.errors import GraphError
 from decay_pruning.graph import Graph
 from decay_pruning.graph._reasons import OUTPUT
@@ -121,5 +121,6 @@ def test_the_model_is_left_as_it_was(name: str) -> None:
     before, given = everything(model), [leaf.clone() for leaf in proof.leaves(x)]
     with suppress(GraphError):
         Graph(model, x, **KINDS[name].options)
+    measure(model, x)
     assert everything(model) == before
     assert all(map(torch.equal, given, proof.leaves(x)))

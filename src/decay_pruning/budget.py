@@ -21,6 +21,7 @@ from decay_pruning.checks import Count, Whole, above, as_inputs, check, checked
 from decay_pruning.counting import count
 from decay_pruning.errors import ConfigError
 from decay_pruning.keeping import contents
+from decay_pruning.proof import copied
 from decay_pruning.structures import Picks, Place, Role, StructureSet
 from decay_pruning.surgery import call
 
@@ -109,6 +110,7 @@ def latency(model: nn.Module, example_inputs: Any, *, repeats: int = 20, warmup:
     repeats, warmup = checked(repeats, Whole, "repeats"), checked(warmup, Count, "warmup")
     model, example_inputs = checked(model, nn.Module, "model"), as_inputs(example_inputs)
     times = []
+    example_inputs = copied(example_inputs)
     modes = [(module, module.training) for module in model.modules()]
     put_back = contents(model.modules())
     try:

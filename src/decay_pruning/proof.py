@@ -233,6 +233,8 @@ def _no_tf32() -> Iterator[None]:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
+    if a.layout != torch.strided:
+        a, b = a.to_dense(), b.to_dense()
     return a.shape == b.shape and bool((a.eq(b) | (a.ne(a) & b.ne(b))).all())
 
 

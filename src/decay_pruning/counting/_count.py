@@ -21,6 +21,7 @@ from decay_pruning.counting._makers import CONSTANT, VIEWS, Axes, aligned
 from decay_pruning.counting._products import RULES, Ledger, Product, attention
 from decay_pruning.errors import GraphError
 from decay_pruning.keeping import unwritten
+from decay_pruning.proof import copied
 from decay_pruning.surgery import call, untouched
 
 
@@ -35,7 +36,7 @@ def count(model: nn.Module, example_inputs: Any) -> list[Product]:
     with untouched(model), unwritten(model), torch.no_grad(), _eager(), _module_paths(model, ledger.path):
         try:
             with _Attention(counter), counter:
-                call(model, example_inputs)
+                call(model, copied(example_inputs))
         except GraphError:
             raise
         except Exception as error:

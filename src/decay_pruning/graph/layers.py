@@ -75,6 +75,11 @@ def _linear(layer: Layer) -> None:
     layer.attribute("out_features", layer.axis("weight", 0) or layer.at(layer.output, -1))
 
 
+def _bilinear(layer: Layer) -> None:
+    for d, leaf in enumerate(("out_features", "in1_features", "in2_features")):
+        layer.attribute(leaf, layer.axis("weight", d))
+
+
 def _batch_norm(layer: Layer) -> None:
     layer.attribute(
         "num_features", layer.axis("weight", 0) or layer.axis("running_mean", 0) or layer.at(layer.input, 1)
@@ -192,6 +197,7 @@ def _join(layer: Layer, a: Axis | None, b: Axis | None) -> None:
 LAYERS: tuple[tuple[type[nn.Module], Callable[[Layer], None]], ...] = (
     (_ConvNd, _conv),
     (nn.Linear, _linear),
+    (nn.Bilinear, _bilinear),
     (_NormBase, _batch_norm),
     (nn.LayerNorm, _layer_norm),
     (nn.RMSNorm, _rms_norm),

@@ -151,8 +151,9 @@ class Proposals:
 
     def located(self, structures: StructureSet) -> StructureSet:
         """Name the line that splits a width whose removal fails: there stands a number that does not follow it."""
-        told = {
-            name: f"{why}; its width is split by {self._sites[name]}" if name in self._sites else why
-            for name, why in structures.unprunable.items()
-        }
+        told = dict(structures.unprunable)
+        for name in told.keys() & self._sites.keys():
+            site = self._sites[name]
+            made = site.startswith(("new_", "zeros", "ones", "empty", "full", "rand", "arange"))
+            told[name] += f"; its width is {'written in' if made else 'split by'} {site}"
         return replace(structures, unprunable=told)

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from decay_pruning import proof
 from decay_pruning.errors import GraphError
-from decay_pruning.graph.axes import Atom, Axis, Misaligned, Product, Reason, Sum, fix, is_fixed, unify
+from decay_pruning.graph.axes import Atom, Axis, Misaligned, Product, Reason, Sum, fix, is_fixed, leaves, unify
 from decay_pruning.keeping import unwritten
 from decay_pruning.structures import Place, Role
 
@@ -38,11 +38,11 @@ _HERE = os.path.dirname(__file__)
 
 
 def site() -> str | None:
-    """File and line of the user's code that is running."""
+    """File and line of the user's code that is running, if any of the model's is."""
     frame = sys._getframe(1)
-    while frame is not None:
+    while frame is not None and frame.f_code is not proof.call.__code__:
         name = frame.f_code.co_filename
-        if not name.startswith((_TORCH, _HERE, "<")) and not name.endswith("proof.py"):
+        if not name.startswith((_TORCH, _HERE, "<")) and not name.endswith("keeping.py"):
             return f"{os.path.basename(name)}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return None
@@ -139,7 +139,7 @@ class Trace:
         """
         # A module that computes its weight leaves the last one on itself (weight norm, masks): put it back.
         kept = [(module, dict(module.__dict__)) for module in self.modules]
-        run = _Run(self)
+        run, example_inputs = _Run(self), proof.copied(example_inputs)
         for leaf in proof.leaves(example_inputs):
             run.see(leaf, [Atom(int(n), Reason(INPUT, "is tied to the model's input")) for n in leaf.shape])
         try:
@@ -271,11 +271,14 @@ class _Run(TorchDispatchMode):
         if known is not None:
             self.trace.used.add(known[0])
             return self.see(tensor, known[1], parameter=known[0])
-        why = Reason(CONSTANT, f"meets a tensor that is no parameter or buffer{at(site())}")
+        why = Reason(CONSTANT, f"meets a tensor that is no parameter or buffer{at(self._site())}")
         return self.see(tensor, [Atom(int(n), why) for n in tensor.shape])
 
     def axes(self, tensor: Tensor) -> Axes:
         return self.value(tensor).axes
+
+    def _site(self) -> str:
+        return site() or self.trace.name(self.stack[-1] if self.stack else None)
 
     def see(self, tensor: Tensor, axes: Axes, *, parameter: str | None = None) -> _Value:
         value = _Value(axes, [], derived=parameter is not None, parameter=parameter)
@@ -452,13 +455,34 @@ class Op:
     def refuse(self, axes: Sequence[Axis], text: str, *, name: str | None = None) -> None:
         """Fix axes, in words that end in the name of the operation."""
         if not all(is_fixed(axis) for axis in axes):
-            why = Reason(OPERATION, f"{text} {name or self.name}{at(site())}")
+            why = Reason(OPERATION, f"{text} {name or self.name}{at(self.site())}")
             for axis in axes:
                 fix(axis, why)
 
     def fixed(self, size: int) -> Axis:
         """A new axis that never loses a position."""
-        return Atom(size, Reason(UNIT, f"is a size that {self.name} makes{at(site())}"))
+        return Atom(size, Reason(UNIT, f"is a size that {self.name} makes{at(self.site())}"))
+
+    def made(self, tensor: Tensor) -> Axes:
+        """A new tensor: as wide as the code says."""
+        axes: Axes = [Atom(int(n)) for n in tensor.shape]
+        self.mark(axes)
+        return axes
+
+    def mark(self, axes: Sequence[Axis]) -> None:
+        """Remember where the code splits or sizes these axes, to be named where a removal fails, and in which module."""
+        where = None
+        user = None if self.module is None else self.trace.modules.get(self.module)
+        for atom in (atom for axis in axes for atom in leaves(axis)):
+            if user is not None:
+                atom.users.add(user)
+            if atom.reason is None and atom.site is None and atom.size > 1:
+                where = where or self.site()
+                atom.site = f"{self.name.strip('_')}{at(where)}"
+
+    def site(self) -> str:
+        """Where in the user's code this is, or in which of torch's layers."""
+        return self._run._site()
 
     def role(self, axis: Axis, role: Role) -> None:
         self.trace.note_role(axis, role)
@@ -474,8 +498,8 @@ class Op:
 
         rule = rule_of(self.function)
         if rule is None:
-            if not self.inputs:  # a new tensor: as wide as the code says
-                return [[Atom(int(n)) for n in t.shape] for t in self.outputs]
+            if not self.inputs:
+                return [self.made(t) for t in self.outputs]
             return self._unknown("goes through an operation without a rule,")
         try:
             found = rule(self)

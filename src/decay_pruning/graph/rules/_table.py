@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from decay_pruning.graph.axes import Atom, Axis, leaves
-from decay_pruning.graph.trace import Axes, Op, Rule, at, site
+from decay_pruning.graph.axes import Axis, leaves
+from decay_pruning.graph.trace import Axes, Op, Rule
 
 RULES: dict[str, Rule] = {}
 
@@ -37,18 +37,6 @@ def dims(value: Any, ndim: int) -> list[int]:
     if value is None or value == []:
         return list(range(ndim))
     return [d % max(ndim, 1) for d in (value if isinstance(value, list | tuple) else [value])]
-
-
-def mark(op: Op, axes: Sequence[Axis]) -> None:
-    """Remember where the code splits these axes, to be named where a removal fails, and in which module."""
-    where = None
-    user = None if op.module is None else op.trace.modules.get(op.module)
-    for atom in (atom for axis in axes for atom in leaves(axis)):
-        if user is not None:
-            atom.users.add(user)
-        if atom.reason is None and atom.site is None:
-            where = where or site()
-            atom.site = f"{op.name.strip('_')}{at(where)}"
 
 
 @rule(
@@ -105,7 +93,7 @@ def mark(op: Op, axes: Sequence[Axis]) -> None:
 def elementwise(op: Op) -> Axes:
     """Dimensions from the last on are one, where neither has size 1."""
     if op.name.startswith("new_"):
-        return [Atom(int(n)) for n in op.output.shape]
+        return op.made(op.output)
     out: list[Axis | None] = [None] * op.output.ndim
     for tensor in op.inputs:
         for d, axis in enumerate(reversed(op.axes(tensor))):

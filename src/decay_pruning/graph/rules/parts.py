@@ -17,8 +17,8 @@ from decay_pruning.graph.axes import (
     is_fixed,
     split,
 )
-from decay_pruning.graph.rules._table import mark, rule
-from decay_pruning.graph.trace import UNIT, Axes, Op, at, site
+from decay_pruning.graph.rules._table import rule
+from decay_pruning.graph.trace import UNIT, Axes, Op, at
 
 
 @rule("cat", "concat")
@@ -63,8 +63,8 @@ def cut(op: Op, axis: Axis, sizes: Sequence[int], *, equal: bool) -> Axes:
     try:
         if equal and len(set(sizes)) == 1:
             count, part = divide(axis, len(sizes))
-            fix(count, Reason(UNIT, f"counts equal parts{at(site())}"))
-            mark(op, [part])
+            fix(count, Reason(UNIT, f"counts equal parts{at(op.site())}"))
+            op.mark([part])
             return [part] * len(sizes)
     except Misaligned:
         pass
@@ -74,7 +74,7 @@ def cut(op: Op, axis: Axis, sizes: Sequence[int], *, equal: bool) -> Axes:
         for size in sizes[:-1]:
             part, rest = split(rest, size) if 0 < size < rest.size else (Atom(size), rest)
             parts.append(part)
-        mark(op, [*parts, rest])
+        op.mark([*parts, rest])
         return [*parts, rest]
     except Misaligned:
         op.refuse([axis], "is split in a way that does not fit by")
@@ -99,7 +99,7 @@ def select(op: Op) -> Axes:
         return [op.fixed(int(n)) for n in op.output.shape]
     d = op["dim"] % len(x)
     if not is_fixed(x[d]):
-        fix(x[d], Reason(UNIT, f"is read by position in {op.name}{at(site())}"))
+        fix(x[d], Reason(UNIT, f"is read by position in {op.name}{at(op.site())}"))
     return [*x[:d], *x[d + 1 :]]
 
 
@@ -120,8 +120,8 @@ def slice_(op: Op) -> Axes:
             if n % step or length * step != n:
                 raise Misaligned
             part, phase = divide(x[d], length)
-            fix(phase, Reason(UNIT, f"is read in steps{at(site())}"))
-            mark(op, [part])
+            fix(phase, Reason(UNIT, f"is read in steps{at(op.site())}"))
+            op.mark([part])
         except Misaligned:
             op.refuse([x[d]], "is read in steps by")
             part = op.fixed(length)

@@ -72,6 +72,23 @@ def batched_product(op: Op) -> Axes:
     return add_bias(op, "self", out) if op.name == "baddbmm" else out
 
 
+@rule("_trilinear")
+def three_factors(op: Op) -> Axes:
+    """A product of three tensors along all dimensions at once, some of which are summed over (nn.Bilinear)."""
+    out: list[Axis | None] = [None] * (op.output.ndim + len(op["sumdim"]))
+    for k in "123":
+        axes = iter(op.axes(f"i{k}"))
+        for d in range(len(out)):
+            if d in op[f"expand{k}"]:
+                continue
+            axis, mine = next(axes), out[d]
+            op.role(axis, Role.COLUMN if d in op["sumdim"] else Role.ROW)
+            if mine is not None:
+                op.tie(mine, axis)
+            out[d] = axis
+    return [axis for d, axis in enumerate(out) if axis is not None and d not in op["sumdim"]]
+
+
 @rule("_cdist_forward")
 def distances(op: Op) -> Axes:
     a, b = op.axes("x1"), op.axes("x2")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from decay_pruning.graph.axes import Atom, Misaligned, Reason, divide, fix, leaves, product
-from decay_pruning.graph.rules._table import RULES, dims, mark, rule
+from decay_pruning.graph.rules._table import RULES, dims, rule
 from decay_pruning.graph.trace import OPERATION, Axes, Op, by_hand
 
 
@@ -34,7 +34,7 @@ def regroup(op: Op, before: Axes, shape: Sequence[int]) -> Axes:
                 sizes.append(todo.pop(0))
         if len(sizes) == len(taken) == 1:
             if by_hand():
-                mark(op, taken)  # the size may stand in the code as a number
+                op.mark(taken)  # the size may stand in the code as a number
             out += taken
             continue
         rest = product(*taken)
@@ -48,7 +48,7 @@ def regroup(op: Op, before: Axes, shape: Sequence[int]) -> Axes:
             op.refuse(taken, "is split in a way that does not fit by", name=op.name.strip("_"))
             parts = [op.fixed(n) for n in sizes]
         if len(parts) > 1:
-            mark(op, parts)
+            op.mark(parts)
         out += parts
     found = iter(out)
     return [Atom(1) if n == 1 else next(found) for n in shape]
@@ -132,6 +132,17 @@ def spatial(op: Op) -> Axes:
     return [*x[:-count], *(op.fixed(int(n)) for n in op.output.shape[-count:])]
 
 
+@rule("max_unpool2d", "max_unpool3d")
+def unpool(op: Op) -> Axes:
+    """Every value goes to the place in space that it came from."""
+    x, places = op.axes("self"), op.axes("indices")
+    count = 3 if op.name.endswith("3d") else 2
+    for mine, axis in zip(x[:-count], places, strict=False):
+        op.tie(mine, axis)
+    op.refuse([*x[-count:], *places[-count:]], "is slid over by")
+    return [*x[:-count], *(op.fixed(int(n)) for n in op.output.shape[-count:])]
+
+
 for _name in dir(torch.ops.aten):
     if (
         _name.lstrip("_").startswith(
@@ -165,7 +176,7 @@ def shuffle(op: Op) -> Axes:
             fix(extra, Reason(OPERATION, "becomes space"))
             return [*x[:d], width, *space]
         count, width = divide(x[d], int(op["groups"]))
-        mark(op, [width])
+        op.mark([width])
         for atom in leaves(count):
             atom.count = True
         return [*x[:d], product(width, count), *x[d + 1 :]]
