@@ -108,11 +108,13 @@ class StructureSet:
         groups: layer groups by name, in the order of the model.
         unprunable: what cannot be pruned → the reason, in words for the user.
         sizes: current size of every place that a coupling touches.
+        standardised: modules whose own weight is normalised over what goes in (weight standardisation).
     """
 
     groups: Mapping[str, LayerGroup]
     sizes: Mapping[Place, int]
     unprunable: Mapping[str, str] = field(default_factory=dict)
+    standardised: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
         return sum(len(group) for group in self.groups.values())

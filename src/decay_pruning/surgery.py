@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -565,7 +565,9 @@ def check_picks(structures: StructureSet, picks: Picks) -> None:
 
 
 @contextmanager
-def only_what_is_left(model: nn.Module, kept: Kept) -> Iterator[None]:
+def only_what_is_left(
+    model: nn.Module, kept: Kept, standardised: Collection[str] = ()
+) -> Iterator[None]:
     """Let norms and attention see only the channels that a cut keeps, in a model that still has its old widths.
 
     What they make of the rest is the narrower model's own; everything around them is as it was. So a cut that only
@@ -574,6 +576,8 @@ def only_what_is_left(model: nn.Module, kept: Kept) -> Iterator[None]:
     inside: dict[str, dict[Place, Tensor]] = {}
     for (name, dim), keep in kept.items():
         owner = mixer(model, name)
+        if name.rpartition(".")[0] in standardised and (name.rpartition(".")[2], dim) in _INPUTS:
+            owner = name.rpartition(".")[0]
         if owner is not None:
             inside.setdefault(owner, {})[name[len(owner) + 1 if owner else 0 :], dim] = keep
     modules = {model.get_submodule(owner): places for owner, places in inside.items()}
@@ -602,9 +606,14 @@ def mixer(model: nn.Module, name: str) -> str | None:
     return path if isinstance(module, nn.MultiheadAttention) or (leaf and vectors) else None
 
 
+#: What goes into a layer.
+_INPUTS = (("weight", 1), ("in_channels", 0), ("in_features", 0))
+
+
 def _narrow_forward(module: nn.Module, places: Kept) -> Callable[..., Any]:
     """The forward of this module cut to `places`, on inputs and outputs of the old width."""
     keep = max(places.values(), key=torch.Tensor.numel)
+    inputs_only = ("weight", 1) in places  # a standardised weight: what comes out has its old width
     for (name, dim), each in places.items():
         if name in ("embed_dim", "normalized_shape", "num_channels", "weight") and dim == 0:
             keep = each
@@ -616,6 +625,8 @@ def _narrow_forward(module: nn.Module, places: Kept) -> Callable[..., Any]:
         small.__dict__.pop("forward", None)
         shrink(small, places)
         channels = 1 if isinstance(module, nn.GroupNorm) else -1
+        if inputs_only:
+            channels = 1 - small.weight.ndim  # type: ignore[operator]
         first = next((a for a in args if isinstance(a, Tensor)), None)
         if first is not None and first.shape[channels] != width:
             channels = 1
@@ -638,6 +649,8 @@ def _narrow_forward(module: nn.Module, places: Kept) -> Callable[..., Any]:
 
         given = {key: narrow(value) if key in ("query", "key", "value", "input", "x") else value
                  for key, value in kwargs.items()}  # fmt: skip
+        if inputs_only:
+            return small(*(narrow(a) for a in args), **given)
         return widen(small(*(narrow(a) for a in args), **given))
 
     return forward
@@ -729,7 +742,8 @@ def _try_remove(
     try:
         for dtype in settings.dtypes:
             try:
-                with only_what_is_left(model, structures.kept(mixed)) if natural else nullcontext():
+                left = only_what_is_left(model, structures.kept(mixed), structures.standardised)
+                with left if natural else nullcontext():
                     before = settings.observe(model, dtype, only)
             except SurgeryError as error:
                 if verdict.problem is None:

@@ -121,7 +121,9 @@ def assemble(trace: Trace, names: Mapping[int, str] = {}) -> Assembly:
         found.shared |= {n: name for n in family.members(aliases) if n not in found.shared}
     order = {name: k for k, name in enumerate(dict.fromkeys([*trace.modules.values(), *groups]))}
     groups = {name: groups[name] for name in sorted(groups, key=order.__getitem__)}
-    found.structures = StructureSet(groups, sizes, _unprunable(groups, refused))
+    found.structures = StructureSet(
+        groups, sizes, _unprunable(groups, refused), frozenset(trace.standardised)
+    )
     return found
 
 

@@ -75,6 +75,7 @@ class Trace:
         live: names of parameters from which an output follows.
         calls: layer → axes of its first input and first output.
         integers: own module → the integers and tuples on it that a run has read.
+        standardised: names of modules that normalise their own weight.
         directions: names of what weights are divided by, axes of the divisor, and names of what scales them beside
             (None where the model divides something else).
     """
@@ -92,6 +93,7 @@ class Trace:
         self.live: set[str] = set()
         self.silence = ""
         self.integers: dict[str, dict[str, Any]] = {}
+        self.standardised: set[str] = set()
         self.directions: list[tuple[set[str], set[str] | None, Axes]] = []
         self._of_axis: dict[int, Dim] = {}
         self._tensors: dict[int, tuple[str, Axes]] = {}

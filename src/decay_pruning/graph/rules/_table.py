@@ -111,6 +111,8 @@ def elementwise(op: Op) -> Axes:
 
 def mix(op: Op, axes: Sequence[Axis], text: str) -> None:
     """Removal along these axes changes the function by its nature."""
+    if op.derived and op.module in op.trace.modules:
+        op.trace.standardised.add(op.trace.modules[op.module])
     for axis in axes:
         for atom in leaves(axis):
             if atom.reason is None and atom.size > 1 and atom.mixed is None:

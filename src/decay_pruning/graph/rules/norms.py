@@ -118,7 +118,8 @@ def reduction(op: Op) -> Axes | list[Axes]:
         return elementwise(op)
     over = dims(op.get("dim"), len(x))
     along = [x[d] for d in over]
-    if op.name in _MEANS and op.module is not None and "norm" in type(op.module).__name__.lower():
+    norm = op.module is not None and "norm" in type(op.module).__name__.lower()
+    if op.name in _MEANS and (norm or op.derived):
         mix(op, along, "{} normalises over this width")
     elif op.name not in _ADDITIVE:
         op.refuse(along, "is mixed by", name=f"the {op.name}")

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import nn
 
-from decay_pruning.graph.axes import Axis, Misaligned, Reason, divide, fix, leaves, product
+from decay_pruning.graph.axes import (
+    Axis,
+    Misaligned,
+    Reason,
+    divide,
+    factors,
+    fix,
+    is_fixed,
+    leaves,
+    product,
+    terms,
+)
 from decay_pruning.graph.rules._table import mix, rule
-from decay_pruning.graph.trace import OPERATION, Axes, Op
+from decay_pruning.graph.trace import OPERATION, UNIT, Axes, Op, at
 from decay_pruning.structures import Role
 
 
@@ -58,8 +71,25 @@ def matrix_product(op: Op) -> Axes:
             return [op.fixed(int(n)) for n in op.output.shape]
         fix(b[0], Reason(OPERATION, "counts experts"))
         b = b[1:]
+        _steps(op, a[-1], *b)
     out = multiply(op, a, b)
     return add_bias(op, {"linear": "bias"}.get(op.name, "self" if op.name.startswith("add") else "bias"), out)
+
+
+def _steps(op: Op, *axes: Axis) -> None:
+    """Rows of a grouped product start at multiples of 16 bytes: 8 neighbours stay together, in any dtype."""
+    for term in (term for axis in axes for term in terms(axis)):
+        parts, step = factors(term), 8
+        while parts and is_fixed(parts[-1]):
+            step //= math.gcd(step, parts.pop().size)
+        if not parts or step == 1:
+            continue
+        count, rest = divmod(parts[-1].size, step)
+        wants = f"steps of {step}, which {op.name} wants{at(op.site())}"
+        if rest or count == 1:
+            fix(parts[-1], Reason(OPERATION, f"cannot be cut in {wants}"))
+        else:
+            fix(divide(parts[-1], count)[1], Reason(UNIT, f"is cut in {wants}"))
 
 
 @rule("bmm", "baddbmm")
