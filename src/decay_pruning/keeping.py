@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -27,20 +28,20 @@ def contents(modules: Iterable[nn.Module]) -> Callable[[], None]:
         if isinstance(value, _NO_STATE) or depth > _DEPTH or id(value) in seen:
             return
         if isinstance(value, torch.Generator):
-            undo.append(lambda state=value.get_state(): value.set_state(state))  # type: ignore[misc]
+            undo.append(partial(_set_state, value, value.get_state()))
+        elif isinstance(value, list | deque | set):
+            undo.append(partial(_refill, value, list(value)))
         elif isinstance(value, dict):
-            undo.append(lambda old=dict(value): _fill(value, old))  # type: ignore[misc]
-        elif isinstance(value, list | deque):
-            undo.append(lambda old=list(value): _refill(value, old))  # type: ignore[misc]
-        elif isinstance(value, set):
-            undo.append(lambda old=set(value): value.intersection_update(old) or value.update(old))  # type: ignore[misc]
+            undo.append(partial(_fill, value, dict(value)))
         elif not isinstance(value, tuple) and hasattr(value, "__dict__"):
             value = vars(value)
-            undo.append(lambda old=dict(value): _fill(value, old))  # type: ignore[misc]
+            undo.append(partial(_fill, value, dict(value)))
         elif not isinstance(value, tuple):
             return
         seen.add(id(value))
-        for each in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+        for each in (
+            value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+        ):
             note(each, depth + 1)
 
     for module in modules:
@@ -64,7 +65,11 @@ def _fill(value: dict[Any, Any], old: Mapping[Any, Any]) -> None:
 def _refill(value: Any, old: Sequence[Any]) -> None:
     if len(value) != len(old) or any(a is not b for a, b in zip(value, old, strict=True)):
         value.clear()
-        value.extend(old)
+        (value.update if isinstance(value, set) else value.extend)(old)
+
+
+def _set_state(generator: torch.Generator, state: Tensor) -> None:
+    generator.set_state(state)
 
 
 class _Written(TorchDispatchMode):

@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -565,9 +565,7 @@ def check_picks(structures: StructureSet, picks: Picks) -> None:
 
 
 @contextmanager
-def only_what_is_left(
-    model: nn.Module, kept: Kept, standardised: Collection[str] = ()
-) -> Iterator[None]:
+def only_what_is_left(model: nn.Module, kept: Kept, standardised: Collection[str] = ()) -> Iterator[None]:
     """Let norms and attention see only the channels that a cut keeps, in a model that still has its old widths.
 
     What they make of the rest is the narrower model's own; everything around them is as it was. So a cut that only
@@ -626,7 +624,7 @@ def _narrow_forward(module: nn.Module, places: Kept) -> Callable[..., Any]:
         shrink(small, places)
         channels = 1 if isinstance(module, nn.GroupNorm) else -1
         if inputs_only:
-            channels = 1 - small.weight.ndim  # type: ignore[operator]
+            channels = 1 - cast(Tensor, small.weight).ndim
         first = next((a for a in args if isinstance(a, Tensor)), None)
         if first is not None and first.shape[channels] != width:
             channels = 1

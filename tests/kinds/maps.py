@@ -14,7 +14,10 @@ from tests.nets import Net, image
 Made = tuple[nn.Module, Any]
 
 
-@kind("split attention: three branches, weighted by a softmax over branches (SK)", {"branches.0": 6, "squeeze": 5})
+@kind(
+    "split attention: three branches, weighted by a softmax over branches (SK)",
+    {"branches.0": 6, "squeeze": 5},
+)
 def selective_kernel() -> Made:
     def run(m: Net, x: Tensor) -> Tensor:
         parts = torch.stack([branch(x).relu() for branch in m.branches], 1)  # type: ignore[union-attr]
@@ -31,7 +34,10 @@ def selective_kernel() -> Made:
     ), image(2, 3, 6, 6)
 
 
-@kind("split attention: grouped convolution, radix within the channels, sigmoid when alone", {"conv": 8, "fc": 4})
+@kind(
+    "split attention: grouped convolution, radix within the channels, sigmoid when alone",
+    {"conv": 8, "fc": 4},
+)
 def radix() -> Made:
     class Split(nn.Module):
         def __init__(self) -> None:
@@ -60,9 +66,9 @@ def shuffle_1d() -> Made:
         y = y.view(len(y), 3, -1, y.shape[-1]).transpose(1, 2).flatten(1, 2)
         return m.out(m.b(y))
 
-    return Net(
-        run, a=nn.Conv1d(3, 12, 1), b=nn.Conv1d(12, 6, 1, groups=2), out=nn.Conv1d(6, 2, 1)
-    ), image(2, 3, 5)
+    return Net(run, a=nn.Conv1d(3, 12, 1), b=nn.Conv1d(12, 6, 1, groups=2), out=nn.Conv1d(6, 2, 1)), image(
+        2, 3, 5
+    )
 
 
 @kind("channel shuffle: einops style with the groups inside, channels last", {"a": 5})
@@ -94,12 +100,14 @@ def focus() -> Made:
         y = torch.cat([y[..., i::2, j::2] for j in (0, 1) for i in (0, 1)], 1)
         return m.out(m.b(y).relu())
 
-    return Net(
-        run, a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(16, 5, 1), out=nn.Conv2d(5, 2, 1)
-    ), image(2, 3, 6, 4)
+    return Net(run, a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(16, 5, 1), out=nn.Conv2d(5, 2, 1)), image(2, 3, 6, 4)
 
 
-@kind("unfold: windows of a signal by tensor.unfold, filtered by a predicted kernel", {"a": 6, "k": 5}, {"kernel": "is mixed by softmax (maps.py:"})
+@kind(
+    "unfold: windows of a signal by tensor.unfold, filtered by a predicted kernel",
+    {"a": 6, "k": 5},
+    {"kernel": "is mixed by softmax (maps.py:"},
+)
 def dynamic_filter() -> Made:
     def run(m: Net, x: Tensor) -> Tensor:
         windows = m.a(x).unfold(-1, 3, 1)  # batch, channels, places, 3
@@ -115,7 +123,11 @@ def dynamic_filter() -> Made:
     ), image(2, 4, 7)
 
 
-@kind("unfold: involution, a kernel for every place and group", {"a": 4, "reduce": 3}, {"span": "is seen as 2 × 4 by view (maps.py:"})
+@kind(
+    "unfold: involution, a kernel for every place and group",
+    {"a": 4, "reduce": 3},
+    {"span": "is seen as 2 × 4 by view (maps.py:"},
+)
 def involution() -> Made:
     class Involution(nn.Module):
         def __init__(self) -> None:
@@ -133,7 +145,11 @@ def involution() -> Made:
     return Involution(), image(2, 3, 4, 5)
 
 
-@kind("gates: a gated temporal convolution, tanh and sigmoid halves (WaveNet)", {"a": 5}, {"f": "its width is split by slice (maps.py:"})
+@kind(
+    "gates: a gated temporal convolution, tanh and sigmoid halves (WaveNet)",
+    {"a": 5},
+    {"f": "its width is split by slice (maps.py:"},
+)
 def wavenet() -> Made:
     def run(m: Net, x: Tensor) -> Tensor:
         y = m.a(x)
@@ -160,7 +176,11 @@ def interleaved_gate() -> Made:
     return Net(run, a=nn.Linear(3, 12), b=nn.Linear(6, 14), out=nn.Linear(7, 2)), image(2, 4, 4, 3)
 
 
-@kind("conditional convolution: kernels mixed by a softmax, one call for the whole batch", {"a": 6, "kernels": 4}, {"route": "is mixed by softmax (maps.py:"})
+@kind(
+    "conditional convolution: kernels mixed by a softmax, one call for the whole batch",
+    {"a": 6, "kernels": 4},
+    {"route": "is mixed by softmax (maps.py:"},
+)
 def mixed_kernels() -> Made:
     def run(m: Net, x: Tensor) -> Tensor:
         y = m.a(x)
@@ -179,7 +199,11 @@ def mixed_kernels() -> Made:
     ), image(2, 3, 5, 5)
 
 
-@kind("conditional convolution: a flat table of kernels times a route (timm's CondConv)", {"a": 6, "route": 3}, {"cond": "is seen as 5 × 6 by view (maps.py:"})
+@kind(
+    "conditional convolution: a flat table of kernels times a route (timm's CondConv)",
+    {"a": 6, "route": 3},
+    {"cond": "is seen as 5 × 6 by view (maps.py:"},
+)
 def flat_kernels() -> Made:
     class Cond(nn.Module):
         def __init__(self) -> None:
@@ -199,9 +223,9 @@ def flat_kernels() -> Made:
         y = m.a(x)
         return m.out(m.cond(y, torch.sigmoid(m.route(y.mean(-1)))).relu())
 
-    return Net(
-        run, a=nn.Conv1d(4, 6, 1), route=nn.Linear(6, 3), cond=Cond(), out=nn.Conv1d(5, 2, 1)
-    ), image(2, 4, 6)
+    return Net(run, a=nn.Conv1d(4, 6, 1), route=nn.Linear(6, 3), cond=Cond(), out=nn.Conv1d(5, 2, 1)), image(
+        2, 4, 6
+    )
 
 
 @kind("channel multiplier: a depthwise convolution makes three of each channel", {"0": 5})
@@ -217,20 +241,24 @@ def folded_multiplier() -> Made:
         y = m.deep(m.a(x))
         return m.out(y.unflatten(1, (-1, 2)).amax(2))
 
-    return Net(
-        run, a=nn.Conv3d(2, 4, 1), deep=nn.Conv3d(4, 8, 1, groups=4), out=nn.Conv3d(4, 2, 1)
-    ), image(2, 2, 3, 3, 2)
+    return Net(run, a=nn.Conv3d(2, 4, 1), deep=nn.Conv3d(4, 8, 1, groups=4), out=nn.Conv3d(4, 2, 1)), image(
+        2, 2, 3, 3, 2
+    )
 
 
-@kind("index maps: a split in three, the middle one goes on and the others meet", {"b": 4, "c": 2}, {"a[3:]": "split_sizes=[3, 4, 3]", "a": "its width is split by split_with_sizes (maps.py:"})
+@kind(
+    "index maps: a split in three, the middle one goes on and the others meet",
+    {"b": 4, "c": 2},
+    {"a[3:]": "split_sizes=[3, 4, 3]", "a": "its width is split by split_with_sizes (maps.py:"},
+)
 def middle() -> Made:
     def run(m: Net, x: Tensor) -> Tensor:
         left, mid, right = m.a(x).split([3, 4, 3], -1)
         return m.out(torch.cat([right * left, m.c(m.b(mid).relu())], -1))
 
-    return Net(
-        run, a=nn.Linear(5, 10), b=nn.Linear(4, 4), c=nn.Linear(4, 2), out=nn.Linear(5, 3)
-    ), image(2, 4, 5)
+    return Net(run, a=nn.Linear(5, 10), b=nn.Linear(4, 4), c=nn.Linear(4, 2), out=nn.Linear(5, 3)), image(
+        2, 4, 5
+    )
 
 
 @kind("index maps: channels in reverse order, by flip", {"b": 6}, {"a": "is mixed by flip"})
@@ -239,20 +267,22 @@ def reverse() -> Made:
         y = m.a(x)
         return m.out(m.b(y + y.flip(1)).relu())
 
-    return Net(
-        run, a=nn.Conv1d(3, 5, 1), b=nn.Conv1d(5, 6, 1), out=nn.Conv1d(6, 2, 1)
-    ), image(2, 3, 4)
+    return Net(run, a=nn.Conv1d(3, 5, 1), b=nn.Conv1d(5, 6, 1), out=nn.Conv1d(6, 2, 1)), image(2, 3, 4)
 
 
-@kind("index maps: two slices that overlap, of channels last", {"b": 5}, {n: "its width is split by slice (maps.py:" for n in ("a", "a[3:]", "a[6:]")})
+@kind(
+    "index maps: two slices that overlap, of channels last",
+    {"b": 5},
+    {n: "its width is split by slice (maps.py:" for n in ("a", "a[3:]", "a[6:]")},
+)
 def overlap() -> Made:
     def run(m: Net, x: Tensor) -> Tensor:
         y = m.a(x)
         return m.out(m.b(y[..., :6]).relu() + m.c(y[..., 3:]))
 
-    return Net(
-        run, a=nn.Linear(4, 9), b=nn.Linear(6, 5), c=nn.Linear(6, 5), out=nn.Linear(5, 2)
-    ), image(2, 3, 3, 4)
+    return Net(run, a=nn.Linear(4, 9), b=nn.Linear(6, 5), c=nn.Linear(6, 5), out=nn.Linear(5, 2)), image(
+        2, 3, 3, 4
+    )
 
 
 @kind("index maps: a residual with zeros for the new channels, in front and behind", {"a": 4})
@@ -261,9 +291,7 @@ def padded_shortcut() -> Made:
         y = m.a(x)
         return m.out((F.pad(y, (0, 0, 2, 2)) + m.b(y)).relu())
 
-    return Net(
-        run, a=nn.Conv1d(3, 4, 1), b=nn.Conv1d(4, 8, 1), out=nn.Conv1d(8, 2, 1)
-    ), image(2, 3, 5)
+    return Net(run, a=nn.Conv1d(3, 4, 1), b=nn.Conv1d(4, 8, 1), out=nn.Conv1d(8, 2, 1)), image(2, 3, 5)
 
 
 @kind("index maps: written into slices of a new tensor", {"a": 4, "b": 5})
@@ -275,9 +303,7 @@ def written() -> Made:
         both[:, y.shape[1] :] = z
         return m.out(both)
 
-    return Net(
-        run, a=nn.Conv1d(3, 4, 1), b=nn.Conv1d(3, 5, 1), out=nn.Conv1d(9, 2, 1)
-    ), image(2, 3, 5)
+    return Net(run, a=nn.Conv1d(3, 4, 1), b=nn.Conv1d(3, 5, 1), out=nn.Conv1d(9, 2, 1)), image(2, 3, 5)
 
 
 @kind("size coincidence: attention over the width of a map as wide as it is deep", {"q": 6, "v": 6})
@@ -313,3 +339,99 @@ def coordinates() -> Made:
         w=nn.Conv2d(4, 5, 1),
         out=nn.Conv2d(5, 2, 1),
     ), image(5, 3, 5, 5)
+
+
+@kind("three factors: a bilinear layer of two widths", {"a": 6, "b": 5, "both": 7})
+def three_factors() -> Made:
+    return Net(
+        lambda m, x: m.out(m.both(m.a(x), m.b(x)).relu()),
+        a=nn.Linear(4, 6),
+        b=nn.Linear(4, 5),
+        both=nn.Bilinear(6, 5, 7),
+        out=nn.Linear(7, 2),
+    ), image(3, 4)
+
+
+@kind("pooled and put back to where it was", {"a": 6})
+def unpooled() -> Made:
+    def run(m: Net, x: Tensor) -> Tensor:
+        y, places = F.max_pool2d(m.a(x), 2, return_indices=True)
+        return m.out(F.max_unpool2d(m.b(y).relu(), places, 2))
+
+    return Net(run, a=nn.Conv2d(3, 6, 1), b=nn.Conv2d(6, 6, 1), out=nn.Conv2d(6, 2, 1)), image(2, 3, 4, 4)
+
+
+@kind(
+    "mixed with its neighbours by a layer of torch's own",
+    {"2": 5},
+    {"0": "is slid over by avg_pool3d (LocalResponseNorm '1')"},
+)
+def neighbours() -> Made:
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 1), nn.LocalResponseNorm(3), nn.Conv2d(6, 5, 1), nn.ReLU(), nn.Conv2d(5, 2, 1)
+    ), image(2, 3, 4, 4)
+
+
+@kind("a state as wide as the code says", {"a": 6}, {"cell": "its width is written in new_zeros (maps.py:"})
+def written_width() -> Made:
+    def run(m: Net, x: Tensor) -> Tensor:
+        h = c = x.new_zeros(len(x), 5)
+        for t in range(x.shape[1]):
+            h, c = m.cell(m.a(x[:, t]), (h, c))
+        return m.out(h)
+
+    return Net(run, a=nn.Linear(4, 6), cell=nn.LSTMCell(6, 5), out=nn.Linear(5, 2)), image(3, 4, 4)
+
+
+@kind(
+    "coupling: halves change places, each moved by the other one (Glow)",
+    {"enter": 3, "nets.0.0": 5, "nets.1.0": 5},
+)
+def couplings() -> Made:
+    def run(m: Net, x: Tensor) -> Tensor:
+        y = m.enter(x)
+        for net in m.nets:  # type: ignore[union-attr]
+            a, b = y.chunk(2, -1)
+            s, t = net(a).chunk(2, -1)
+            y = torch.cat([b * torch.sigmoid(s) + t, a], -1)
+        return m.out(y)
+
+    nets = nn.ModuleList(nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 6)) for _ in range(2))
+    return Net(run, enter=nn.Linear(4, 6), nets=nets, out=nn.Linear(6, 2)), image(3, 4)
+
+
+@kind("complex numbers: modes of a Fourier transform, mixed by complex weights", {"a": 5, "w": 6})
+def fourier() -> Made:
+    def run(m: Net, x: Tensor) -> Tensor:
+        y = m.a(x)
+        modes = torch.fft.rfft(y, dim=-1)[..., :3]
+        modes = torch.einsum("bif,iof->bof", modes, torch.view_as_complex(m.w))
+        return m.out((torch.fft.irfft(modes, n=y.shape[-1], dim=-1) + m.b(x)).relu())
+
+    return Net(
+        run,
+        a=nn.Conv1d(3, 5, 1),
+        w=nn.Parameter(torch.randn(5, 6, 3, 2)),
+        b=nn.Conv1d(3, 6, 1),
+        out=nn.Conv1d(6, 2, 1),
+    ), image(2, 3, 8)
+
+
+@kind("style: weights modulated for each image and divided by their length (StyleGAN)", {"a": 6, "w": 5})
+def modulated() -> Made:
+    def run(m: Net, x: Tensor, z: Tensor) -> Tensor:
+        y = m.a(x)
+        w = m.w * m.style(z)[:, None, :, None, None]
+        w = w * (w.square().sum((2, 3, 4), keepdim=True) + 1e-8).rsqrt()
+        b, o = w.shape[:2]
+        y = y.reshape(1, -1, *y.shape[2:])
+        y = F.conv2d(y, w.reshape(b * o, *w.shape[2:]), padding=1, groups=b).view(b, o, *x.shape[2:])
+        return m.out(F.leaky_relu(y))
+
+    return Net(
+        run,
+        a=nn.Conv2d(3, 6, 1),
+        style=nn.Linear(4, 6),
+        w=nn.Parameter(torch.randn(5, 6, 3, 3)),
+        out=nn.Conv2d(5, 2, 1),
+    ), (image(2, 3, 5, 5), image(2, 4))

@@ -19,7 +19,11 @@ def heads(x: Tensor, n: int) -> Tensor:
     return x.unflatten(-1, (n, -1)).transpose(1, 2)
 
 
-@kind("fused attention: key and value in one layer, queries apart, 3 heads over pixels", {"enter": 7}, {"q": "attention scales its scores by the head width", "kv": "shares its width with 'q'"})
+@kind(
+    "fused attention: key and value in one layer, queries apart, 3 heads over pixels",
+    {"enter": 7},
+    {"q": "attention scales its scores by the head width", "kv": "shares its width with 'q'"},
+)
 def cross_pixels() -> Made:
     def run(m: Net, x: Tensor) -> Tensor:
         f = m.enter(x)
@@ -72,9 +76,9 @@ def linear_attention() -> Made:
         q, k, v = m.q(x).relu(), m.k(x).relu(), m.v(x)
         return m.out(q @ (k.mT @ v))
 
-    return Net(
-        run, q=nn.Linear(5, 6), k=nn.Linear(5, 6), v=nn.Linear(5, 4), out=nn.Linear(4, 2)
-    ), image(2, 6, 5)
+    return Net(run, q=nn.Linear(5, 6), k=nn.Linear(5, 6), v=nn.Linear(5, 4), out=nn.Linear(4, 2)), image(
+        2, 6, 5
+    )
 
 
 @kind("relative position bias: a table of (places, heads) read by a buffer of indices", {"qkv": 3})
@@ -115,7 +119,10 @@ def distances() -> Made:
     return Block(), image(2, 5, 6)
 
 
-@kind("learned queries: a parameter repeated over the batch reads the tokens", {"query": 4, "q": 8, "lift": 5, "v": 8})
+@kind(
+    "learned queries: a parameter repeated over the batch reads the tokens",
+    {"query": 4, "q": 8, "lift": 5, "v": 8},
+)
 def reads() -> Made:
     def run(m: Net, x: Tensor) -> Tensor:
         query = m.query.unsqueeze(0).repeat(len(x), 1, 1)
@@ -143,7 +150,11 @@ def slots() -> Made:
     return Net(run, enter=nn.Linear(4, 6), slots=nn.Embedding(6, 6), out=nn.Linear(6, 3)), image(2, 6, 4)
 
 
-@kind("mixer: the tokens are mixed by a convolution of one pixel", {"up": 9, "enter": 7, "wide": 10}, {"down": "is tied to the model's input"})
+@kind(
+    "mixer: the tokens are mixed by a convolution of one pixel",
+    {"up": 9, "enter": 7, "wide": 10},
+    {"down": "is tied to the model's input"},
+)
 def mixer() -> Made:
     def run(m: Net, x: Tensor) -> Tensor:
         y = m.enter(x)  # batch, tokens, channels
@@ -162,7 +173,11 @@ def mixer() -> Made:
     ), image(2, 8, 5)
 
 
-@kind("mixer: affine scale and shift instead of norms (ResMLP), rows mixed by einsum", {"enter": 6, "wide": 9}, {"rows": "is tied to the model's input"})
+@kind(
+    "mixer: affine scale and shift instead of norms (ResMLP), rows mixed by einsum",
+    {"enter": 6, "wide": 9},
+    {"rows": "is tied to the model's input"},
+)
 def res_mlp() -> Made:
     def run(m: Net, x: Tensor) -> Tensor:
         y = m.enter(x)
@@ -182,7 +197,11 @@ def res_mlp() -> Made:
     ), image(2, 6, 5)
 
 
-@kind("mixture of experts: a list, each one given the tokens that chose it", {"enter": 6, "experts.0.0": 8, "experts.1.0": 8, "experts.2.0": 8}, {"gate": "is mixed by softmax (tokens.py:"})
+@kind(
+    "mixture of experts: a list, each one given the tokens that chose it",
+    {"enter": 6, "experts.0.0": 8, "experts.1.0": 8, "experts.2.0": 8},
+    {"gate": "is mixed by softmax (tokens.py:"},
+)
 def chosen() -> Made:
     def run(m: Net, x: Tensor) -> Tensor:
         y = m.enter(x).flatten(0, 1)
@@ -194,12 +213,16 @@ def chosen() -> Made:
         return m.out(out).view(*x.shape[:2], -1)
 
     experts = nn.ModuleList(nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 6)) for _ in range(3))
-    return Net(
-        run, enter=nn.Linear(5, 6), gate=nn.Linear(6, 3), experts=experts, out=nn.Linear(6, 2)
-    ), image(2, 9, 5)
+    return Net(run, enter=nn.Linear(5, 6), gate=nn.Linear(6, 3), experts=experts, out=nn.Linear(6, 2)), image(
+        2, 9, 5
+    )
 
 
-@kind("mixture of experts: stacked weights, softly mixed", {"enter": 5, "up": 7}, {"gate": "is mixed by softmax (tokens.py:"})
+@kind(
+    "mixture of experts: stacked weights, softly mixed",
+    {"enter": 5, "up": 7},
+    {"gate": "is mixed by softmax (tokens.py:"},
+)
 def soft_experts() -> Made:
     def run(m: Net, x: Tensor) -> Tensor:
         y = m.enter(x)
@@ -217,7 +240,9 @@ def soft_experts() -> Made:
     ), image(2, 6, 4)
 
 
-@kind("state space: a scan written as a loop (Mamba)", {"enter": 6, "in_proj": 8, "x_proj": 4, "x_proj[0:]": 2})
+@kind(
+    "state space: a scan written as a loop (Mamba)", {"enter": 6, "in_proj": 8, "x_proj": 4, "x_proj[0:]": 2}
+)
 def scan() -> Made:
     class Scan(nn.Module):
         def __init__(self) -> None:
@@ -265,7 +290,10 @@ def minimal() -> Made:
     ), image(2, 5, 4)
 
 
-@kind("ReZero: one number that starts at zero for each of two residual branches", {"enter": 6, "wide.0": 9, "wide.1": 9})
+@kind(
+    "ReZero: one number that starts at zero for each of two residual branches",
+    {"enter": 6, "wide.0": 9, "wide.1": 9},
+)
 def re_zero() -> Made:
     def run(m: Net, x: Tensor) -> Tensor:
         y = m.enter(x)
@@ -336,7 +364,10 @@ def cross_covariance_of_maps() -> Made:
     ), image(2, 3, 4, 4)
 
 
-@kind("LoRA that merges: a gate on the module, the convolution merges in eval()", {"enter": 6, "layer": 5, "layer.down": 2})
+@kind(
+    "LoRA that merges: a gate on the module, the convolution merges in eval()",
+    {"enter": 6, "layer": 5, "layer.down": 2},
+)
 def merging_convolution() -> Made:
     class Lora(nn.Conv1d):
         def __init__(self) -> None:
@@ -390,7 +421,9 @@ def tied_inside() -> Made:
         scores = (m.f(y).relu() @ m.table.weight.T).softmax(-1)
         return m.out(scores @ m.table.weight)
 
-    return Net(run, table=nn.Embedding(9, 6), f=nn.Linear(6, 6), out=nn.Linear(6, 2)), torch.arange(8).view(2, 4)
+    return Net(run, table=nn.Embedding(9, 6), f=nn.Linear(6, 6), out=nn.Linear(6, 2)), torch.arange(8).view(
+        2, 4
+    )
 
 
 @kind("tied weights: an autoencoder decodes with the transposed weights", {"a": 7, "b": 4})
@@ -399,6 +432,154 @@ def tied_autoencoder() -> Made:
         z = m.b(m.a(x).relu()).relu()
         return F.linear(F.linear(z, m.b.weight.T, m.shift).relu(), m.a.weight.T)
 
+    return Net(run, a=nn.Linear(5, 7), b=nn.Linear(7, 4), shift=nn.Parameter(torch.randn(7))), image(3, 5)
+
+
+@kind(
+    "heads in a fused layer: their numbers stand on a config that all blocks share",
+    {"blocks.0.qkv[24:]": 3, "blocks.1.qkv[24:]": 3},
+    {
+        "blocks.0.qkv": "Config.width cannot follow: no module's own, which 2 modules share",
+        "blocks.1.qkv": "Config.width cannot follow",
+    },
+)
+def shared_config() -> Made:
+    class Config:
+        def __init__(self) -> None:
+            self.heads, self.width = 4, 3
+
+    class Block(nn.Module):
+        def __init__(self, config: Config) -> None:
+            super().__init__()
+            self.config = config
+            self.qkv, self.out = nn.Linear(6, 36), nn.Linear(12, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            n = self.config.heads * self.config.width
+            y = self.qkv(x)
+            q, k, v = (heads(t, self.config.heads) for t in (y[..., :n], y[..., n : 2 * n], y[..., 2 * n :]))
+            return x + self.out(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    config = Config()
     return Net(
-        run, a=nn.Linear(5, 7), b=nn.Linear(7, 4), shift=nn.Parameter(torch.randn(7))
-    ), image(3, 5)
+        lambda m, x: m.blocks[1](m.blocks[0](x)), blocks=nn.ModuleList((Block(config), Block(config)))
+    ), image(2, 5, 6)
+
+
+@kind(
+    "cross covariance: heads that must fill the residual width",
+    {"up": 7},
+    {
+        "xca.qkv": "nor with xca.num_heads following (the smaller model does not run (RuntimeError: shape '[2, 5, 12]'",
+        "xca": "shape '[2, 5, 3, 4, -1]'",
+        "enter": "shape '[2, 5, 11]'",
+        "xca.proj": "shares its width",
+        "down": "shares its width",
+    },
+)
+def cross_covariance_in_a_block() -> Made:
+    class Xca(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.num_heads, self.temperature = 4, nn.Parameter(torch.ones(4, 1, 1))
+            self.qkv, self.proj = nn.Linear(12, 36), nn.Linear(12, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            b, n, c = x.shape
+            q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 4, 1).unbind(0)
+            w = (F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * self.temperature).softmax(-1)
+            return self.proj((w @ v).permute(0, 3, 1, 2).reshape(b, n, c))
+
+    def run(m: Net, x: Tensor) -> Tensor:
+        y = m.enter(x)
+        y = y + m.xca(m.norm(y))
+        return m.out(y + m.down(m.up(y).relu()))
+
+    return Net(
+        run,
+        enter=nn.Linear(6, 12),
+        norm=nn.LayerNorm(12),
+        xca=Xca(),
+        up=nn.Linear(12, 7),
+        down=nn.Linear(7, 12),
+        out=nn.Linear(12, 2),
+    ), image(2, 5, 6)
+
+
+@kind("windows: partitioned and put back together, heads by width (Swin)", {"enter": 6, "qkv": 4, "o": 5})
+def windows() -> Made:
+    def run(m: Net, x: Tensor) -> Tensor:
+        y = m.enter(x).permute(0, 2, 3, 1)
+        b, h, w, c = y.shape
+        y = y.view(b, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, 4, c)
+        q, k, v = m.qkv(y).view(len(y), 4, 3, 2, -1).permute(2, 0, 3, 1, 4)
+        z = m.o((((q @ k.mT) * 0.3).softmax(-1) @ v).transpose(1, 2).reshape(len(y), 4, -1))
+        return m.out(z.view(b, h // 2, w // 2, 2, 2, -1).permute(0, 1, 3, 2, 4, 5).reshape(b, h, w, -1))
+
+    return Net(
+        run, enter=nn.Conv2d(3, 6, 1), qkv=nn.Linear(6, 24), o=nn.Linear(8, 5), out=nn.Linear(5, 2)
+    ), image(2, 3, 4, 4)
+
+
+@kind("masked tokens: a few are gathered, and learned ones put in their places (MAE)", {"enter": 6, "b": 5})
+def masked_tokens() -> Made:
+    def run(m: Net, x: Tensor) -> Tensor:
+        y = m.enter(x)
+        keep = torch.arange(len(x) * 3).view(len(x), 3) % x.shape[1]
+        y = torch.gather(y, 1, keep.unsqueeze(-1).repeat(1, 1, y.shape[-1]))
+        y = torch.cat([y, m.mask.expand(len(x), 2, -1)], 1)
+        return m.out(m.b(y).relu())
+
+    return Net(
+        run,
+        enter=nn.Linear(4, 6),
+        mask=nn.Parameter(torch.randn(1, 1, 6)),
+        b=nn.Linear(6, 5),
+        out=nn.Linear(5, 2),
+    ), image(2, 5, 4)
+
+
+@kind("masked tokens: read and written by a mask of true and false", {"enter": 6})
+def chosen_tokens() -> Made:
+    def run(m: Net, x: Tensor) -> Tensor:
+        y = m.enter(x)
+        mask = torch.arange(10).view(2, 5) % 3 > 0
+        z = torch.zeros_like(y)
+        z[mask] = m.b(y[mask]).relu()
+        return m.out(y.masked_fill(~mask[..., None], 0) + z)
+
+    return Net(run, enter=nn.Linear(4, 6), b=nn.Linear(6, 6), out=nn.Linear(6, 2)), image(2, 5, 4)
+
+
+@kind("graph: messages along edges, gathered and added up", {"enter": 6, "message": 5, "update": 7})
+def messages() -> Made:
+    def run(m: Net, x: Tensor, edges: Tensor) -> Tensor:
+        y, (source, target) = m.enter(x), edges
+        sent = m.message(torch.cat([y[source], y[target]], -1)).relu()
+        got = torch.zeros(len(x), sent.shape[-1], dtype=x.dtype).index_add(0, target, sent)
+        got = got + torch.zeros_like(got).scatter_add_(0, target[:, None].expand_as(sent), sent)
+        return m.out(m.update(torch.cat([y, got], -1)).relu())
+
+    edges = torch.tensor([[0, 1, 2, 3, 4, 5, 0], [1, 2, 3, 4, 5, 0, 3]])
+    return Net(
+        run,
+        enter=nn.Linear(4, 6),
+        message=nn.Linear(12, 5),
+        update=nn.Linear(11, 7),
+        out=nn.Linear(7, 2),
+    ), (image(6, 4), edges)
+
+
+@kind("graph: a sparse adjacency matrix as a buffer", {"a": 6, "b": 5})
+def adjacency() -> Made:
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.out = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 2)
+            self.register_buffer("edges", (torch.rand(7, 7) > 0.5).double().to_sparse())
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.sparse.mm(self.edges, self.a(x)).relu()
+            return self.out(self.b(y).relu())
+
+    return Graph(), image(7, 4)

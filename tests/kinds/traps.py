@@ -23,7 +23,10 @@ SILENT = "does not react"
 # ------------------------------------------------------------------- A: what one evaluation forward does not show
 
 
-@kind("hidden reader: deep supervision, the last head alone answers in evaluation", {"enter": 5, "heads.0.0": 4, "blocks.0": 6, "heads.1.0": 4, "blocks.1": 6})
+@kind(
+    "hidden reader: deep supervision, the last head alone answers in evaluation",
+    {"enter": 5, "heads.0.0": 4, "blocks.0": 6, "heads.1.0": 4, "blocks.1": 6},
+)
 def deep_supervision() -> Made:
     def run(m: Net, x: Tensor) -> Any:
         y, said = m.enter(x).relu(), []
@@ -42,7 +45,9 @@ def deep_supervision() -> Made:
     ), image(2, 2, 3, 2, 4)
 
 
-@kind("hidden reader: layers that training drops at random", {"enter": 6, "wide.0": 8, "wide.1": 8, "wide.2": 8})
+@kind(
+    "hidden reader: layers that training drops at random", {"enter": 6, "wide.0": 8, "wide.1": 8, "wide.2": 8}
+)
 def layer_drop() -> Made:
     def run(m: Net, x: Tensor) -> Tensor:
         y = m.enter(x)
@@ -159,7 +164,11 @@ def clipped() -> Made:
     return Net(run, a=nn.Linear(4, 7), b=nn.Linear(7, 6), out=nn.Linear(6, 2)), image(3, 4)
 
 
-@kind("forward writes: a codebook that training moves (VQ), nearest by distance", {"a": 7, "b": 6}, {"z": "Codes 'codes' mixes its whole width"})
+@kind(
+    "forward writes: a codebook that training moves (VQ), nearest by distance",
+    {"a": 7, "b": 6},
+    {"z": "Codes 'codes' mixes its whole width"},
+)
 def codebook() -> Made:
     class Codes(nn.Module):
         def __init__(self) -> None:
@@ -181,7 +190,10 @@ def codebook() -> Made:
     ), image(9, 4)  # fmt: skip
 
 
-@kind("forward writes: the input is centred in place, noise comes from a generator of the model's own", {"a": 6, "b": 5})
+@kind(
+    "forward writes: the input is centred in place, noise comes from a generator of the model's own",
+    {"a": 6, "b": 5},
+)
 def centred() -> Made:
     class Noisy(nn.Module):
         def __init__(self) -> None:
@@ -199,7 +211,11 @@ def centred() -> Made:
     return Noisy(), image(3, 4)
 
 
-@kind("torch's helpers: forces are the gradient of an energy", {"a": 7, "b": 6}, {"out": "has a single structure"})
+@kind(
+    "torch's helpers: forces are the gradient of an energy",
+    {"a": 7, "b": 6},
+    {"out": "has a single structure"},
+)
 def forces() -> Made:
     def run(m: Net, x: Tensor) -> Any:
         with torch.enable_grad():
@@ -233,9 +249,9 @@ def shifted() -> Made:
         y = functional_call(m.a, {"weight": m.a.weight, "bias": m.a.bias + shift}, (x,))  # type: ignore[arg-type,union-attr,operator]
         return m.out(y.relu())
 
-    return Net(
-        run, a=nn.Linear(4, 7), h=nn.Linear(4, 5), hyper=nn.Linear(5, 7), out=nn.Linear(7, 2)
-    ), image(3, 4)
+    return Net(run, a=nn.Linear(4, 7), h=nn.Linear(4, 5), hyper=nn.Linear(5, 7), out=nn.Linear(7, 2)), image(
+        3, 4
+    )
 
 
 @kind("torch's helpers: a packed sequence through a recurrent layer", {"enter": 6, "r": 5})
@@ -245,9 +261,9 @@ def packed_sequence() -> Made:
         y, _ = pad_packed_sequence(m.r(packed)[0], batch_first=True)
         return m.out(y)
 
-    return Net(
-        run, enter=nn.Linear(4, 6), r=nn.GRU(6, 5, batch_first=True), out=nn.Linear(5, 2)
-    ), image(3, 5, 4)
+    return Net(run, enter=nn.Linear(4, 6), r=nn.GRU(6, 5, batch_first=True), out=nn.Linear(5, 2)), image(
+        3, 5, 4
+    )
 
 
 @kind("torch's helpers: a layer in TorchScript in the middle", {"a": 6, "b": 5})
@@ -279,7 +295,12 @@ def number_of_channels() -> Made:
     ), image(3, 4)  # fmt: skip
 
 
-@kind("heads by width: three heads become two under the switch, tokens of the batch mixed", {"q": 3, "o": 6}, {"k": "is mixed by softmax", "v": "is mixed by softmax"}, allow_inexact=True)
+@kind(
+    "heads by width: three heads become two under the switch, tokens of the batch mixed",
+    {"q": 3, "o": 6},
+    {"k": "is mixed by softmax", "v": "is mixed by softmax"},
+    allow_inexact=True,
+)
 def scrambled() -> Made:
     def run(m: Net, x: Tensor) -> Tensor:
         q, k, v = (f(x).view(len(x), -1, 3).softmax(-1) for f in (m.q, m.k, m.v))

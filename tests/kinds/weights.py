@@ -59,7 +59,11 @@ def squashed() -> Made:
     return nn.Sequential(a, nn.ReLU(), nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 2)), image(3, 4)
 
 
-@kind("parametrization: a symmetric weight in the middle", {"2": 5}, {"0": "is cut to a triangle by triu (weights.py:", "1": "is cut to a triangle by triu (weights.py:"})
+@kind(
+    "parametrization: a symmetric weight in the middle",
+    {"2": 5},
+    {"0": "is cut to a triangle by triu (weights.py:", "1": "is cut to a triangle by triu (weights.py:"},
+)
 def symmetric() -> Made:
     a = nn.Linear(5, 5, bias=False)
     parametrize.register_parametrization(a, "weight", Symmetric())
@@ -198,7 +202,10 @@ def frozen_3d() -> Made:
     ), image(2, 2, 3, 2, 4)
 
 
-@kind("frozen batch-norm: folded into the weight before the convolution, and a residual", {"a.conv": 5, "b.conv": 7})
+@kind(
+    "frozen batch-norm: folded into the weight before the convolution, and a residual",
+    {"a.conv": 5, "b.conv": 7},
+)
 def folded() -> Made:
     class Folded(nn.Module):
         def __init__(self, i: int, o: int) -> None:
@@ -248,6 +255,25 @@ def scaled_standardised() -> Made:
             ).reshape_as(self.weight)  # fmt: skip
             return F.conv1d(x, w, self.bias)
 
+    return Net(lambda m, x: m.out(m.a(x).relu()), a=Scaled(3, 6, 3), out=nn.Conv1d(6, 2, 1)), image(2, 3, 5)
+
+
+@kind("divided by: a learned scale that must not be zero", {"a": 6})
+def divided() -> Made:
     return Net(
-        lambda m, x: m.out(m.a(x).relu()), a=Scaled(3, 6, 3), out=nn.Conv1d(6, 2, 1)
-    ), image(2, 3, 5)
+        lambda m, x: m.out(((m.a(x) - m.mean) / m.scale).relu()),
+        a=nn.Linear(4, 6),
+        mean=nn.Parameter(torch.randn(6)),
+        scale=nn.Parameter(torch.rand(6) + 0.5),
+        out=nn.Linear(6, 2),
+    ), image(3, 4)
+
+
+@kind("divided by: rows without a length are normalised, and a small number guards them", {"a": 6, "w": 5})
+def cosine() -> Made:
+    return Net(
+        lambda m, x: m.out(F.linear(m.a(x), F.normalize(m.w, dim=1)).relu()),
+        a=nn.Linear(4, 6),
+        w=nn.Parameter(torch.randn(5, 6)),
+        out=nn.Linear(5, 2),
+    ), image(3, 4)

@@ -33,7 +33,12 @@ def named(trace: Trace, structures: StructureSet, shared: Mapping[str, str]) -> 
         key = name or (weights[0] if weights else "")
         whole = _attention_above(trace.model, name)
         key = owner_of(f"{key}.original") if weights and ".parametrizations." in f".{key}." else key
-        if not weights or covered & set(weights) or whole in structures.groups or said.keys() & {key, *weights}:
+        if (
+            not weights
+            or covered & set(weights)
+            or whole in structures.groups
+            or said.keys() & {key, *weights}
+        ):
             continue
         head = shared.get(key, key)
         if whole in said:

@@ -7,15 +7,20 @@ smaller model is right with it and not without.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from decay_pruning.graph.axes import Atom, Axis, factors, layout, leaves, product, terms
 from decay_pruning.graph.trace import Trace
 from decay_pruning.structures import Coupling, LayerGroup, Place, Role
+
+#: What hangs on a module and holds no numbers of the user's own.
+_NUMBERLESS = nn.Module | torch.Tensor | type
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +43,7 @@ class Attributes:
     """The integers on a user's own modules."""
 
     def __init__(self, trace: Trace) -> None:
+        self._model = trace.model
         self._axes: dict[Place, Axis] = {d.place: d.axis for d in trace.dims.values()} | trace.attributes
         self._integers = {
             name: found for name, read in trace.integers.items() if (found := list(_integers(read)))
@@ -52,12 +58,26 @@ class Attributes:
                     inside.setdefault(name, []).append(self._axes[c.place])
         return [each for name, axes in inside.items() for each in self._in_module(name, axes, atom)]
 
+    def elsewhere(self, group: LayerGroup, atom: Atom) -> str:
+        """Numbers that cannot follow, in words: they stand on an object that is no module, such as a config."""
+        lengths = _lengths([self._axes[c.place] for c in group.couplings], atom)
+        for name in sorted(atom.users):
+            module = self._model.get_submodule(name)
+            code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+            said = code.co_names if code is not None else ()
+            for thing in vars(module).values():
+                if isinstance(thing, _NUMBERLESS) or not hasattr(thing, "__dict__"):
+                    continue
+                mine = [k for k, v in vars(thing).items() if k in said and type(v) is int and v in lengths]
+                if mine:
+                    owners = [m for m in self._model.modules() if any(v is thing for v in vars(m).values())]
+                    shared = f", which {len(owners)} modules share" if len(owners) > 1 else ""
+                    words = " and ".join(f"{type(thing).__name__}.{key}" for key in mine)
+                    return f"; {words} cannot follow: no module's own{shared}"
+        return ""
+
     def _in_module(self, name: str, axes: list[Axis], atom: Atom) -> Iterator[Candidate]:
-        lengths: dict[int, Axis] = {}
-        for axis in axes:
-            for part in (axis, *_parts(axis)):
-                if part.size not in lengths and any(found is atom for found in leaves(part)):
-                    lengths[part.size] = part
+        lengths = _lengths(axes, atom)
         prefix = f"{name}." if name else ""
         for leaf, d, value in self._integers[name]:
             place = prefix + leaf, d
@@ -66,6 +86,16 @@ class Attributes:
                 sure = all(any(found is atom for found in leaves(axis)) for axis in others)
                 coupling = _coupling(place, lengths[value], atom)
                 yield Candidate(coupling, lengths[value], name in atom.users, sure)
+
+
+def _lengths(axes: list[Axis], atom: Atom) -> dict[int, Axis]:
+    """Sizes that the code may name where a width stands: of axes with the atom in them, and of their parts."""
+    lengths: dict[int, Axis] = {}
+    for axis in axes:
+        for part in (axis, *_parts(axis)):
+            if part.size not in lengths and any(found is atom for found in leaves(part)):
+                lengths[part.size] = part
+    return lengths
 
 
 def _above(name: str) -> Iterator[str]:

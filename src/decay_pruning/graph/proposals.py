@@ -49,6 +49,7 @@ class Proposals:
         self._sites: dict[str, str] = {}
         self._taken: dict[Place, tuple[str, Axis]] = {}  # attributes that follow a layer group
         self._searches: dict[Hashable, _Search] = {}
+        self._helpless: dict[str, str] = {}  # what was tried in vain, in words
         self._known: dict[int, list[Variant]] = {}  # by identity of the atom
         self._lost: dict[int, tuple[Atom, str]] = {}
 
@@ -78,6 +79,9 @@ class Proposals:
     def _next(self, search: _Search, failed: Mapping[str, str]) -> dict[str, Variant]:
         """The next choice for the first layer group; once it has passed, the same one for all others."""
         first, *others = search.reasons
+        if first in failed and search.tried:
+            for name in search.reasons:
+                self._note(name, search.tried, failed[first])
         if first not in failed:
             search.done = True
             return {name: self._alike(name, search.tried) or () for name in others}
@@ -98,6 +102,13 @@ class Proposals:
         places = [candidate.coupling for candidate in variant]
         owners = [surgery.parent(self._trace.model, c.tensor) for c in places]
         return frozenset((type(owner), leaf, c.dim) for (owner, leaf), c in zip(owners, places, strict=True))
+
+    def _note(self, name: str, tried: Labels, why: str) -> None:
+        """Remember the attributes that were set in vain, if they all stand where the width is split."""
+        variant = self._alike(name, tried) or ()
+        if variant and all(candidate.near for candidate in variant) and name not in self._helpless:
+            leaves = ", ".join(sorted({candidate.coupling.tensor for candidate in variant}))
+            self._helpless[name] = f"; nor with {leaves} following ({why.partition('fails: ')[2] or why})"
 
     def _lose(self, reasons: Mapping[str, str]) -> None:
         for name, why in reasons.items():
@@ -156,4 +167,8 @@ class Proposals:
             site = self._sites[name]
             made = site.startswith(("new_", "zeros", "ones", "empty", "full", "rand", "arange"))
             told[name] += f"; its width is {'written in' if made else 'split by'} {site}"
+            if name in self.assembly.atoms:
+                group = self.assembly.structures.groups[name]
+                told[name] += self._attributes.elsewhere(group, self.assembly.atoms[name])
+            told[name] += self._helpless.get(name, "")
         return replace(structures, unprunable=told)

@@ -23,7 +23,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from decay_pruning import proof
 from decay_pruning.errors import GraphError
-from decay_pruning.graph.axes import Atom, Axis, Misaligned, Product, Reason, Sum, fix, is_fixed, leaves, unify
+from decay_pruning.graph.axes import (
+    Atom,
+    Axis,
+    Misaligned,
+    Product,
+    Reason,
+    Sum,
+    fix,
+    is_fixed,
+    leaves,
+    unify,
+)
 from decay_pruning.keeping import unwritten
 from decay_pruning.structures import Place, Role
 
@@ -321,7 +332,7 @@ class _Run(TorchDispatchMode):
             value.divisors = divisors if derived else ()
 
     def _divisors(self, op: Op, inputs: Sequence[_Value]) -> tuple[_Value, ...]:
-        """Weights that this operation divides by. Noted where the quotient, or the divisor itself, meets an activation."""
+        """Weights that this divides by. Noted where the quotient, or the divisor itself, meets an activation."""
         own = tuple(self.value(t) for t in _divisor(op))
         before = tuple(d for v in inputs for d in v.divisors)
         if not all(v.derived for v in inputs):
@@ -472,7 +483,7 @@ class Op:
         return axes
 
     def mark(self, axes: Sequence[Axis]) -> None:
-        """Remember where the code splits or sizes these axes, to be named where a removal fails, and in which module."""
+        """Remember where the code splits or sizes these axes, to be named where a removal fails, and the module."""
         where = None
         user = None if self.module is None else self.trace.modules.get(self.module)
         for atom in (atom for axis in axes for atom in leaves(axis)):

@@ -148,8 +148,7 @@ def pad(op: Op) -> Axes:
 
 @rule("index")
 def index(op: Op) -> Axes:
-    x, found = _read(op)
-    return found
+    return _read(op)[1]
 
 
 @rule("index_put", "_index_put_impl")
@@ -176,7 +175,11 @@ def _read(op: Op) -> tuple[Axes, Axes]:
         many = given.ndim if mask else 1
         read += [*x[d : d + many], *op.axes(given)]
         kept += [None] * many
-        shapes.append((int(given.sum()),) if mask and not given.is_meta else tuple(given.shape[:1] if mask else given.shape))
+        shapes.append(
+            (int(given.sum()),)
+            if mask and not given.is_meta
+            else tuple(given.shape[:1] if mask else given.shape)
+        )
     op.refuse(read, "is read by position in")
     new = [op.fixed(int(n)) for n in torch.broadcast_shapes(*shapes)]
     first, last = kept.index(None), len(kept) - kept[::-1].index(None)

@@ -25,7 +25,9 @@ from decay_pruning.structures import Role
 
 def multiply(op: Op, a: Axes, b: Axes) -> Axes:
     """Sum over products along an axis that both matrices have: the last one of `a`, the first one of `b`."""
-    apart = op.derived and not op.trace.is_layer(b)  # both are weights, and so is what comes out: its use will show
+    apart = op.derived and not op.trace.is_layer(
+        b
+    )  # both are weights, and so is what comes out: its use will show
     op.role(a[-1], Role.COLUMN if apart or not op.derived else Role.ROW)
     op.role(b[0], Role.ROW if apart else Role.COLUMN)
     op.tie(a[-1], b[0])
@@ -50,7 +52,7 @@ def add_bias(op: Op, argument: str, out: Axes) -> Axes:
     return out
 
 
-@rule("mm", "addmm", "_grouped_mm", "mv", "addmv", "dot", "vdot", "linear")
+@rule("mm", "addmm", "_grouped_mm", "mv", "addmv", "dot", "vdot", "linear", "_sparse_mm", "_sparse_addmm")
 def matrix_product(op: Op) -> Axes:
     first, second = {
         "mm": ("self", "mat2"),
@@ -61,6 +63,8 @@ def matrix_product(op: Op) -> Axes:
         "dot": ("self", "tensor"),
         "vdot": ("self", "other"),
         "linear": ("input", "weight"),
+        "_sparse_mm": ("sparse", "dense"),
+        "_sparse_addmm": ("mat1", "mat2"),
     }[op.name]
     a, b = op.axes(first), op.axes(second)
     if op.name == "linear":
@@ -73,7 +77,7 @@ def matrix_product(op: Op) -> Axes:
         b = b[1:]
         _steps(op, a[-1], *b)
     out = multiply(op, a, b)
-    return add_bias(op, {"linear": "bias"}.get(op.name, "self" if op.name.startswith("add") else "bias"), out)
+    return add_bias(op, {"linear": "bias"}.get(op.name, "self" if "add" in op.name else "bias"), out)
 
 
 def _steps(op: Op, *axes: Axis) -> None:
