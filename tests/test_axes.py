@@ -14,17 +14,16 @@ from decay_pruning.graph.axes import (
     Product,
     Reason,
     concatenation,
-    crossings,
     divide,
     find,
     fix,
     is_fixed,
-    layout,
     leaves,
     product,
     split,
     unify,
 )
+from decay_pruning.graph.positions import crossings, layout
 
 
 def tokens(axis: Axis) -> list[frozenset[tuple[int, int]]]:

@@ -15,10 +15,10 @@ from torch.nn.parameter import is_lazy
 from decay_pruning.checks import shown
 from decay_pruning.errors import ConfigError, GraphError
 from decay_pruning.graph import _reasons, choices, layers
-from decay_pruning.graph._verify import demote, verified
 from decay_pruning.graph.channels import Channels
 from decay_pruning.graph.proposals import Proposals
 from decay_pruning.graph.trace import Trace, trace
+from decay_pruning.graph.verification import demote, verified
 from decay_pruning.structures import LayerGroup, StructureSet
 
 log = logging.getLogger(__name__)

@@ -9,18 +9,61 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from decay_pruning.graph.axes import Atom, Axis, factors, layout, leaves, product, terms
-from decay_pruning.graph.trace import Trace
+from decay_pruning.graph.axes import Atom, Axis, factors, leaves, product, terms
+from decay_pruning.graph.positions import layout
 from decay_pruning.structures import Coupling, LayerGroup, Place, Role
+
+if TYPE_CHECKING:
+    from decay_pruning.graph.trace import Trace
 
 #: What hangs on a module and holds no numbers of the user's own.
 _NUMBERLESS = nn.Module | torch.Tensor | type
+
+
+@contextmanager
+def reads(trace: Trace) -> Iterator[None]:
+    """Note which integers (and tuples) on a user's own modules the code reads.
+
+    For that they are not where Python looks first, so that it asks `nn.Module.__getattr__` for them.
+    """
+    hidden: dict[int, dict[str, Any]] = {}
+    original = nn.Module.__getattr__
+
+    def look(module: nn.Module, leaf: str) -> Any:
+        mine = hidden.get(id(module), {})
+        if leaf not in mine:
+            return original(module, leaf)
+        trace.integers.setdefault(trace.modules[module], {})[leaf] = mine[leaf]
+        return mine[leaf]
+
+    for module in trace.modules:
+        if not _of_torch(module):
+            own = vars(module)
+            mine = {k: v for k, v in own.items() if type(v) in (int, tuple) and not hasattr(type(module), k)}
+            hidden[id(module)] = mine
+            for leaf in mine:
+                del own[leaf]
+    nn.Module.__getattr__ = look  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.__getattr__ = original  # type: ignore[method-assign]
+        for module in trace.modules:
+            for leaf, value in hidden.get(id(module), {}).items():
+                vars(module).setdefault(leaf, value)
+
+
+def _of_torch(module: nn.Module) -> bool:
+    """Layers of torch, whose attributes are known; but not those that only carry a user's numbers."""
+    known = type(module).__module__.startswith("torch.nn.modules") and not isinstance(module, nn.Unflatten)
+    return known or isinstance(module, torch.jit.ScriptModule)
 
 
 @dataclass(frozen=True, eq=False)

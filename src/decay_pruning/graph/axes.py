@@ -10,13 +10,12 @@ Atoms that are not fixed in the end are the layer groups, and their positions th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
-Indices = NDArray[np.int64]
+#: Ranks of reasons: of several, the user is told the last.
+UNIT, CONSTANT, INPUT, CROSSING, OPERATION, OUTPUT, IGNORED = range(7)
 
 
 class Reason(NamedTuple):
@@ -37,6 +36,10 @@ class Axis:
 
     def __init__(self, size: int) -> None:
         self.size = size
+
+
+#: One for each dimension of a tensor.
+Axes = list[Axis]
 
 
 class Atom(Axis):
@@ -78,7 +81,7 @@ class Product(Axis):
     __slots__ = ("factors",)
 
     def __init__(self, factors: Sequence[Axis]) -> None:
-        super().__init__(int(np.prod([f.size for f in factors])))
+        super().__init__(math.prod(f.size for f in factors))
         self.factors = tuple(factors)
 
 
@@ -291,48 +294,3 @@ def _indivisible(axis: Axis, inner: int) -> bool:
     if axis.size % inner:
         raise Misaligned
     return False
-
-
-# --------------------------------------------------------------------------------------------------- positions
-
-
-def layout(axis: Axis) -> list[tuple[Atom, Indices, Indices]]:
-    """Where the atoms of an axis stand: (atom, position within the atom, position along the axis), parallel."""
-    axis = find(axis)
-    if isinstance(axis, Atom):
-        every = np.arange(axis.size, dtype=np.int64)
-        return [(axis, every, every)]
-    found: list[tuple[Atom, Indices, Indices]] = []
-    if isinstance(axis, Sum):
-        start = 0
-        for term in axis.terms:
-            found += [(atom, owner, position + start) for atom, owner, position in layout(term)]
-            start += term.size
-        return found
-    assert isinstance(axis, Product)
-    outer, inner = 1, axis.size
-    for factor in axis.factors:
-        inner //= factor.size
-        before = np.arange(outer, dtype=np.int64)[:, None, None] * (factor.size * inner)
-        after = np.arange(inner, dtype=np.int64)[None, None, :]
-        for atom, owner, position in layout(factor):
-            every = (before + position[None, :, None] * inner + after).reshape(-1)
-            found.append(
-                (atom, np.broadcast_to(owner[None, :, None], (outer, owner.size, inner)).reshape(-1), every)
-            )
-        outer *= factor.size
-    return found
-
-
-def crossings(axis: Axis) -> Iterator[tuple[Atom, Atom]]:
-    """Pairs of atoms that share positions of an axis, the outer one first."""
-    axis = find(axis)
-    if isinstance(axis, Sum):
-        for each in axis.terms:
-            yield from crossings(each)
-    elif isinstance(axis, Product):
-        for k, one in enumerate(axis.factors):
-            yield from crossings(one)
-            for other in axis.factors[k + 1 :]:
-                inner = [atom for atom in leaves(other) if atom.size > 1]
-                yield from ((a, b) for a in leaves(one) if a.size > 1 for b in inner)

@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from decay_pruning.errors import ConfigError
 from decay_pruning.graph.axes import (
+    CROSSING,
+    IGNORED,
+    OPERATION,
     Atom,
     Axis,
     Misaligned,
     Reason,
-    crossings,
     divide,
     factors,
     find,
@@ -26,7 +28,8 @@ from decay_pruning.graph.axes import (
     terms,
 )
 from decay_pruning.graph.names import owner_of
-from decay_pruning.graph.trace import CROSSING, IGNORED, OPERATION, Trace
+from decay_pruning.graph.positions import crossings
+from decay_pruning.graph.trace import Trace
 from decay_pruning.structures import Role
 
 

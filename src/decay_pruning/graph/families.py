@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from decay_pruning.graph import _reasons
-from decay_pruning.graph.axes import Atom, Axis, Indices, layout
+from decay_pruning.graph.axes import Atom, Axis
 from decay_pruning.graph.names import owner_of
+from decay_pruning.graph.positions import Indices, layout
 from decay_pruning.graph.trace import Dim, Trace
 from decay_pruning.structures import Coupling, LayerGroup, Place, Role, StructureSet
 

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from decay_pruning.graph.axes import Axis, Misaligned, Reason, divide, fix, leaves, unify
-from decay_pruning.graph.trace import OPERATION, Axes, Trace
+from decay_pruning.graph.axes import OPERATION, Axes, Axis, Misaligned, Reason, divide, fix, leaves, unify
+from decay_pruning.graph.trace import Trace
 from decay_pruning.structures import Role
 
 

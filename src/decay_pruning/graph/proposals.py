@@ -6,12 +6,12 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 
 from decay_pruning import surgery
-from decay_pruning.graph._trials import kind_of
 from decay_pruning.graph.attributes import Attributes, Candidate, same
 from decay_pruning.graph.axes import Atom, Axis
 from decay_pruning.graph.choices import Choices
 from decay_pruning.graph.families import assemble
 from decay_pruning.graph.trace import Trace
+from decay_pruning.graph.verification import kind_of
 from decay_pruning.structures import LayerGroup, Place, StructureSet
 
 Variant = tuple[Candidate, ...]

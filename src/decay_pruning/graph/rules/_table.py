@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from decay_pruning.graph.axes import Axis, leaves
-from decay_pruning.graph.trace import Axes, Op, Rule
+from decay_pruning.graph.axes import Axes, Axis, leaves
+from decay_pruning.graph.op import Op, Rule
 
 RULES: dict[str, Rule] = {}
 

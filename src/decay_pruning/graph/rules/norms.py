@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from decay_pruning.graph.axes import Atom, Axis, Misaligned, divide, leaves
+from decay_pruning.graph.axes import Atom, Axes, Axis, Misaligned, divide, leaves
+from decay_pruning.graph.op import Op
 from decay_pruning.graph.rules._table import dims, elementwise, mix, rule
-from decay_pruning.graph.trace import Axes, Op
 from decay_pruning.structures import Role
 
 

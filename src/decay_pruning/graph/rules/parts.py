@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from decay_pruning.graph.axes import (
+    UNIT,
     Atom,
+    Axes,
     Axis,
     Misaligned,
     Reason,
@@ -17,8 +19,9 @@ from decay_pruning.graph.axes import (
     is_fixed,
     split,
 )
+from decay_pruning.graph.op import Op
 from decay_pruning.graph.rules._table import rule
-from decay_pruning.graph.trace import UNIT, Axes, Op, at
+from decay_pruning.graph.sites import at
 
 
 @rule("cat", "concat")

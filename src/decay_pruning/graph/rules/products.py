@@ -7,6 +7,9 @@ import math
 from torch import nn
 
 from decay_pruning.graph.axes import (
+    OPERATION,
+    UNIT,
+    Axes,
     Axis,
     Misaligned,
     Reason,
@@ -18,8 +21,9 @@ from decay_pruning.graph.axes import (
     product,
     terms,
 )
+from decay_pruning.graph.op import Op
 from decay_pruning.graph.rules._table import mix, rule
-from decay_pruning.graph.trace import OPERATION, UNIT, Axes, Op, at
+from decay_pruning.graph.sites import at
 from decay_pruning.structures import Role
 
 

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import torch
 
-from decay_pruning.graph.axes import Atom, Misaligned, Reason, divide, fix, leaves, product
+from decay_pruning.graph.axes import OPERATION, Atom, Axes, Misaligned, Reason, divide, fix, leaves, product
+from decay_pruning.graph.op import Op
 from decay_pruning.graph.rules._table import RULES, dims, rule
-from decay_pruning.graph.trace import OPERATION, Axes, Op, by_hand
+from decay_pruning.graph.sites import by_hand
 
 
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten")

@@ -9,7 +9,7 @@ from torch import nn
 
 from decay_pruning import proof, surgery
 from decay_pruning.errors import SurgeryError
-from decay_pruning.graph._shapes import Shapes
+from decay_pruning.graph.verification._shapes import Shapes
 from decay_pruning.proof import Settings
 from decay_pruning.structures import NOT_PARAMETERS, LayerGroup, Picks, StructureSet
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from decay_pruning import proof, surgery
 from decay_pruning.errors import GraphError
-from decay_pruning.graph._trials import Trials
+from decay_pruning.graph.verification._trials import Trials
 from decay_pruning.proof import Settings
 from decay_pruning.structures import LayerGroup, Role, StructureSet
 

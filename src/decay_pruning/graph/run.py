@@ -1,0 +1,208 @@
+"""Run: one forward pass, with the axes of every tensor in it.
+
+A dispatch mode sees each operation that really happens, whatever Python wrote it: control flow, functional calls,
+parametrizations, einsum.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from decay_pruning import proof
+from decay_pruning.graph import sites
+from decay_pruning.graph.axes import CONSTANT, OUTPUT, Atom, Axes, Axis, Reason, fix
+from decay_pruning.graph.op import Op, tensors
+
+if TYPE_CHECKING:
+    from decay_pruning.graph.trace import Trace
+
+
+@dataclass
+class _Value:
+    """What is known of one tensor of a run."""
+
+    axes: Axes
+    parents: list[_Value]
+    base: _Value | None = None
+    derived: bool = False  # from parameters and buffers alone
+    parameter: str | None = None
+    divisors: tuple[_Value, ...] = ()  # what it was divided by, derived as well
+
+    def names(self) -> set[str]:
+        """The parameters and buffers that a derived value comes from."""
+        found: set[str] = set()
+        todo, seen = [self], set()
+        while todo:
+            value = todo.pop()
+            if id(value) not in seen:
+                seen.add(id(value))
+                found |= {value.parameter} if value.parameter else set()
+                todo += value.parents
+        return found
+
+
+class Run(TorchDispatchMode):
+    """One run of the model."""
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self.trace = trace
+        self.stack: list[nn.Module] = []
+        self._seen: dict[int, tuple[Any, _Value]] = {}
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        """Know which module is running, and what goes into layers and comes out."""
+
+        def enter(module: nn.Module, args: Any) -> None:
+            self.stack.append(module)
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            while self.stack and self.stack.pop() is not module:
+                pass
+            first = next(proof.leaves(args), None)
+            result = next(proof.leaves(output), None)
+            if first is not None and result is not None and module not in self.trace.calls:
+                self.trace.calls[module] = self.axes(first), self.axes(result)
+
+        handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def value(self, tensor: Tensor) -> _Value:
+        """What is known of a tensor: a parameter, a result, or a constant."""
+        found = self._seen.get(id(tensor))
+        if found is not None and found[0]() is tensor:
+            return found[1]
+        known = self.trace._tensors.get(id(tensor))
+        if known is not None:
+            self.trace.used.add(known[0])
+            return self.see(tensor, known[1], parameter=known[0])
+        why = Reason(CONSTANT, f"meets a tensor that is no parameter or buffer{sites.at(self.site())}")
+        return self.see(tensor, [Atom(int(n), why) for n in tensor.shape])
+
+    def axes(self, tensor: Tensor) -> Axes:
+        return self.value(tensor).axes
+
+    def site(self) -> str:
+        return sites.site() or self.trace.name(self.stack[-1] if self.stack else None)
+
+    def see(self, tensor: Tensor, axes: Axes, *, parameter: str | None = None) -> _Value:
+        value = _Value(axes, [], derived=parameter is not None, parameter=parameter)
+        self._seen[id(tensor)] = weakref.ref(tensor), value
+        return value
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        outputs = [t for t in tensors([result])]
+        if outputs:
+            self._follow(Op(self, func, args, kwargs or {}, outputs))
+        return result
+
+    def _follow(self, op: Op) -> None:
+        inputs = [self.value(t) for t in op.inputs]
+        found = op.results()
+        derived = bool(inputs) and all(v.derived for v in inputs)
+        if not derived:
+            found = [[_anonymous(self.trace, axis) for axis in axes] for axes in found]
+        divisors = self._divisors(op, inputs)
+        mutates, aliases = _effects(op.function)
+        for tensor, axes in zip(op.outputs, found, strict=True):
+            if mutates and any(tensor is t for t in op.inputs):
+                value = self.value(tensor)
+                value.parents += [v for v in inputs if v is not value]
+                if torch.Tag.inplace_view in op.function.tags:  # transpose_, squeeze_
+                    value.axes = axes
+                while value.base is not None:
+                    value = value.base
+                    value.parents += [v for v in inputs if v is not value]
+                value.divisors = divisors if derived else value.divisors
+                continue
+            value = self.see(tensor, axes)
+            value.parents, value.derived = inputs, derived
+            value.base = inputs[0] if aliases and inputs else None
+            value.divisors = divisors if derived else ()
+
+    def _divisors(self, op: Op, inputs: Sequence[_Value]) -> tuple[_Value, ...]:
+        """Weights that this divides by. Noted where the quotient, or the divisor itself, meets an activation."""
+        own = tuple(self.value(t) for t in _divisor(op))
+        before = tuple(d for v in inputs for d in v.divisors)
+        if not all(v.derived for v in inputs):
+            for value in inputs:
+                if value.divisors:
+                    rest = value.names() - {name for d in value.divisors for name in d.names()}
+                    self.trace.directions += [(d.names(), rest, d.axes) for d in value.divisors]
+            self.trace.directions += [(d.names(), None, d.axes) for d in own if d.derived]
+        return (*before, *own)
+
+    def finish(self, output: Any) -> None:
+        """Outputs keep their shape; what leads to them is alive."""
+        why = Reason(OUTPUT, "feeds the model's output")
+        todo: list[_Value] = []
+        given = list(proof.leaves(output))
+        self.trace.silence = _silence(output, given)
+        for leaf in given:
+            value = self.value(leaf)
+            for axis in value.axes:
+                fix(axis, why)
+            if leaf.is_floating_point() or leaf.is_complex():
+                todo.append(value)
+        reached: set[int] = set()
+        while todo:
+            value = todo.pop()
+            if id(value) in reached:
+                continue
+            reached.add(id(value))
+            if value.parameter is not None:
+                self.trace.live.add(value.parameter)
+            todo += value.parents
+        self._seen.clear()
+
+
+def _divisor(op: Op) -> Iterator[Tensor]:
+    """What an operation divides by: it must not be zero."""
+    negative = op.name == "pow" and isinstance(op["exponent"], int | float) and op["exponent"] < 0
+    name = {"div": "other", "reciprocal": "self", "rsqrt": "self", "_weight_norm_interface": "v"}.get(op.name)
+    mine = op["self"] if negative else op.get(name) if name else None
+    if isinstance(mine, Tensor):
+        yield mine
+
+
+def _anonymous(trace: Trace, axis: Axis) -> Axis:
+    """The same axis, no longer known as that of a parameter: what an activation is used for says nothing of it."""
+    if isinstance(axis, Atom) and not trace.is_place(axis):
+        return axis
+    alias = Atom(axis.size)
+    alias.bound = axis
+    return alias
+
+
+def _silence(output: Any, given: Sequence[Tensor]) -> str:
+    """Why a model's output says nothing of its parameters, in words."""
+    if not given:
+        return f"the model returns no tensor (a {type(output).__name__})"
+    if not any(leaf.is_floating_point() or leaf.is_complex() for leaf in given):
+        return f"the model's output holds no floating tensor ({proof.WAY_OUT})"
+    return "no output of the model depends on its parameters"
+
+
+@cache
+def _effects(function: Any) -> tuple[bool, bool]:
+    """Whether an operator changes its first input, and whether its result is a view of it."""
+    infos = [a.alias_info for a in function._schema.arguments if a.alias_info is not None]
+    return any(info.is_write for info in infos), any(not info.is_write for info in infos)
