@@ -596,12 +596,16 @@ def mixer(model: nn.Module, name: str) -> str | None:
     if isinstance(model.get_submodule(above), nn.MultiheadAttention):
         path = above
     module = model.get_submodule(path)
-    vectors = all(p.ndim == 1 for p in module.parameters(recurse=False))
-    one_by_one = isinstance(module, nn.modules.batchnorm._NormBase | nn.PReLU)  # mixes no channels
-    leaf = not any(True for _ in module.children()) and not one_by_one
     if "forward" in module.__dict__ or "parametrizations" in path:
         return None
-    return path if isinstance(module, nn.MultiheadAttention) or (leaf and vectors) else None
+    return path if isinstance(module, nn.MultiheadAttention) or mixes_alone(module) else None
+
+
+def mixes_alone(module: nn.Module) -> bool:
+    """Whether a module that mixes its width does nothing else: it has no others inside, and vectors only."""
+    vectors = all(p.ndim == 1 for p in module.parameters(recurse=False))
+    one_by_one = isinstance(module, nn.modules.batchnorm._NormBase | nn.PReLU)  # mixes no channels
+    return vectors and not one_by_one and not any(True for _ in module.children())
 
 
 #: What goes into a layer.

@@ -30,7 +30,7 @@ from decay_pruning.graph.axes import (
 from decay_pruning.graph.names import owner_of
 from decay_pruning.graph.positions import crossings
 from decay_pruning.graph.trace import Trace
-from decay_pruning.structures import Role
+from decay_pruning.structures import Place, Role
 
 
 def ignore(trace: Trace, skipped: set[int]) -> None:
@@ -86,10 +86,13 @@ class Choices:
         self._reasons: dict[int, Reason] = {}  # of atoms that are out for the sake of another one only
         self._pairs: list[tuple[Atom, Atom]] = []
         found: dict[tuple[int, int], tuple[Atom, Atom]] = {}
-        for axis in _every_axis(trace):
+        places: dict[tuple[int, int], str] = {}
+        for place, axis in _every_axis(trace):
             for a, b in crossings(axis):
                 found[id(a), id(b)] = a, b
+                places.setdefault((id(a), id(b)), f" in {place[0]!r}")
         pairs = list(found.values())
+        made = _made(trace)
         for a, b in pairs:
             if a is b:
                 fix(a, Reason(OPERATION, f"meets itself{_at(a)}"))
@@ -98,9 +101,9 @@ class Choices:
                 self._drop(*((b, a) if a.count else (a, b)), f"counts equal parts{_at(a)}")
         for a, b in pairs:
             if a.reason is None and b.reason is None:  # whole heads; otherwise what the outer one counts
-                self._drop(
-                    *((a, b) if a.head else (b, a)), f"is seen as {a.size} × {b.size}{_at(a) or _at(b)}"
-                )
+                outer = a.head or (id(a) in made and id(b) not in made)  # the inner one only repeats it
+                where = _at(a) or _at(b) or places[id(a), id(b)]
+                self._drop(*((a, b) if outer else (b, a)), f"is seen as {a.size} × {b.size}{where}")
             elif a.reason is None or b.reason is None:
                 self._pairs.append((b, a) if a.reason is not None else (a, b))
 
@@ -139,7 +142,13 @@ def _at(atom: Atom) -> str:
     return f" by {atom.site}" if atom.site else ""
 
 
-def _every_axis(trace: Trace) -> Iterator[Axis]:
-    for dim in trace.dims.values():
-        yield dim.axis
-    yield from trace.attributes.values()
+def _every_axis(trace: Trace) -> Iterator[tuple[Place, Axis]]:
+    for place, dim in trace.dims.items():
+        yield place, dim.axis
+    yield from trace.attributes.items()
+
+
+def _made(trace: Trace) -> set[int]:
+    """Atoms (by identity) that a parameter makes; the others stand where something reads only."""
+    dims = [d for d in trace.dims.values() if d.role in (Role.ROW, None) and d.place[0] in trace.parameters]
+    return {id(atom) for dim in dims for atom in leaves(dim.axis)}

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from decay_pruning import surgery
 from decay_pruning.graph.axes import Axes, Axis, leaves
 from decay_pruning.graph.op import Op, Rule
 
@@ -110,9 +111,12 @@ def elementwise(op: Op) -> Axes:
 
 
 def mix(op: Op, axes: Sequence[Axis], text: str) -> None:
-    """Removal along these axes changes the function by its nature."""
+    """Removal along these axes changes the function by its nature, if a layer of its own does nothing else."""
     if op.derived and op.module in op.trace.modules:
         op.trace.standardised.add(op.trace.modules[op.module])
+    elif op.module is None or not surgery.mixes_alone(op.module):
+        op.refuse(axes, "is mixed by", name=op.name.removeprefix("native_").removeprefix("_"))
+        return
     for axis in axes:
         for atom in leaves(axis):
             if atom.reason is None and atom.size > 1 and atom.mixed is None:

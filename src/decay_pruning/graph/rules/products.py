@@ -22,7 +22,7 @@ from decay_pruning.graph.axes import (
     terms,
 )
 from decay_pruning.graph.op import Op
-from decay_pruning.graph.rules._table import mix, rule
+from decay_pruning.graph.rules._table import rule
 from decay_pruning.graph.sites import at
 from decay_pruning.structures import Role
 
@@ -158,8 +158,15 @@ def attention(op: Op) -> list[Axes]:
     if op.get("scale") is None and not isinstance(
         op.module, nn.MultiheadAttention
     ):  # that one is in `layers`
-        mix(op, [q[-1]], "{} scales its scores by the head width")
+        scaled(op, q[-1])
     return [[*q[:-1], v[-1]]]
+
+
+def scaled(op: Op, width: Axis) -> None:
+    """The scale follows the width, wherever the attention is written: a change that is known."""
+    for atom in leaves(width):
+        if atom.reason is None and atom.size > 1:
+            atom.mixed = atom.mixed or f"{op.trace.name(op.module)} scales its scores by the head width"
 
 
 @rule("convolution", "_convolution", "convolution_overrideable", "mkldnn_convolution")

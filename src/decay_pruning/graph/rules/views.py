@@ -96,6 +96,16 @@ def transpose(op: Op) -> Axes:
     return x
 
 
+@rule("rot90")
+def turn(op: Op) -> Axes:
+    x = op.axes("self")
+    a, b = dims(op["dims"], len(x))
+    op.refuse([x[a], x[b]], "is turned by")
+    if int(op["k"]) % 2:
+        x[a], x[b] = x[b], x[a]
+    return x
+
+
 @rule("expand")
 def expand(op: Op) -> Axes:
     x = op.axes("self")
