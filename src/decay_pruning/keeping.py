@@ -45,6 +45,8 @@ def contents(modules: Iterable[nn.Module]) -> Callable[[], None]:
             note(each, depth + 1)
 
     for module in modules:
+        for table in (module._parameters, module._buffers, module._modules):
+            undo.append(partial(_fill, table, dict(table)))
         for name, value in vars(module).items():
             if name not in _OF_TORCH:
                 note(value, 1)
@@ -106,11 +108,19 @@ def _storage(tensor: Tensor) -> int:
 
 @contextmanager
 def unwritten(model: nn.Module) -> Iterator[None]:
-    """Parameters that the model writes to inside (clipped, shortened, merged) have their values back afterwards."""
+    """Parameters that the model writes to inside (clipped, merged, with gradients) are as they were afterwards."""
     written = _Written(model)
+    before = [(p, p.data, p.grad, p.requires_grad) for p in model.parameters()]
     try:
+        for parameter, _, _, _ in before:
+            parameter.grad = None  # what is inside must not add to it
         with written:
             yield
     finally:
+        for parameter, data, grad, wanted in before:
+            if parameter.data.data_ptr() != data.data_ptr():
+                parameter.data = data
+            parameter.requires_grad_(wanted)
+            parameter.grad = grad
         for parameter, value in written.saved.values():
             parameter.data.copy_(value)

@@ -266,7 +266,7 @@ def stand_ins(
             new = cast(tensor.detach(), dtype, copy=True)
             if noise is not None and parameter and new.is_floating_point():
                 new.mul_(float(torch.empty(1).uniform_(0.8, 1.2, generator=noise)))
-            wants = grad and (new.is_floating_point() or new.is_complex())
+            wants = (grad or tensor.requires_grad) and (new.is_floating_point() or new.is_complex())
             copies[id(tensor)] = nn.Parameter(new, requires_grad=wants) if parameter else new
         return copies[id(tensor)]
 

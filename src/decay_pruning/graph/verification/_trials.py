@@ -11,7 +11,7 @@ from decay_pruning import proof, surgery
 from decay_pruning.errors import SurgeryError
 from decay_pruning.graph.verification._shapes import Shapes
 from decay_pruning.proof import Settings
-from decay_pruning.structures import NOT_PARAMETERS, LayerGroup, Picks, StructureSet
+from decay_pruning.structures import NOT_PARAMETERS, LayerGroup, Picks, Role, StructureSet
 
 #: A cut that moves no element of the output by this much (relative) could not be told from none.
 _REACTION = 1e-6
@@ -61,20 +61,35 @@ class Trials:
         """The layer groups among `names` whose removal fails, or changes what is left."""
 
         def attempt(names: Sequence[str]) -> surgery.Verdict:
-            verdict = surgery.Verdict(0.0, None)
-            for picks, only in zip(self._picks(names), ((0, 1), (self._last,)), strict=True):
-                try:
-                    surgery.check_picks(self.structures, picks)
-                    verdict = surgery.trial(
-                        self.model, self.structures, picks, self._settings, natural=natural, only=only
-                    )
-                except SurgeryError as error:
-                    verdict = surgery.Verdict(None, str(error))
-                if verdict.problem is not None:
-                    break
-            return verdict
+            few, many = self._picks(names)
+            return self._tried([(few, (0, 1)), (many, (self._last,))], natural)
 
         return _failures(self._kinds(names), attempt) if names else {}
+
+    def failures_in_steps(self, names: Sequence[str], natural: bool) -> dict[str, surgery.Verdict]:
+        """The same of layer groups that the output follows in steps (a comparison) only: most picks do not show it."""
+
+        def attempt(names: Sequence[str]) -> surgery.Verdict:
+            return self._tried([(self._many(names, seed), None) for seed in range(4)], natural)
+
+        return _failures(self._kinds(names), attempt) if names else {}
+
+    def _tried(
+        self, picks: Sequence[tuple[Picks, Sequence[int] | None]], natural: bool
+    ) -> surgery.Verdict:
+        """The first problem of several picks, each in some of the settings."""
+        verdict = surgery.Verdict(0.0, None)
+        for each, only in picks:
+            try:
+                surgery.check_picks(self.structures, each)
+                verdict = surgery.trial(
+                    self.model, self.structures, each, self._settings, natural=natural, only=only
+                )
+            except SurgeryError as error:
+                verdict = surgery.Verdict(None, str(error))
+            if verdict.problem is not None:
+                break
+        return verdict
 
     @property
     def _last(self) -> int:
@@ -101,8 +116,8 @@ class Trials:
             picks[name] = sorted({(size // 3 + j * max(1, size // 3)) % size for j in range(count)})
         return self._originals(picks)
 
-    def _many(self, names: Sequence[str]) -> Picks:
-        draw = random.Random(len(names))
+    def _many(self, names: Sequence[str], seed: int = 0) -> Picks:
+        draw = random.Random(len(names) + 1000 * seed)
         picks = {}
         for name in names:
             size = len(self.structures.groups[name])
@@ -114,19 +129,18 @@ class Trials:
 
     # ------------------------------------------------------------------------------------------ the control
 
-    def dumb(self, names: Sequence[str]) -> list[str]:
-        """The layer groups that the output says nothing about: cut or not, it would be the same.
+    def silent(self, names: Sequence[str]) -> list[str]:
+        """The layer groups that the output does not follow smoothly (`detach`, a step function, or not at all).
 
-        The gradient of the output tells for all of them at once. Where it is silent (`detach`, a step function), the
-        layer group is set to zero and the model is run.
+        What reads them says nothing of that.
         """
         moved = self._sensitivity()
-        silent = [name for name in names if not moved.get(name, 0.0) > _REACTION]
-        if not silent:
-            return []
-        dtype = self._settings.dtypes[0]
-        before = self._settings.observe(self.model, dtype)
-        return [name for name in silent if not self._reacts(name, before)]
+        return [name for name in names if not moved.get(name, 0.0) > _REACTION]
+
+    def dumb(self, names: Sequence[str]) -> list[str]:
+        """Of these, those that the output says nothing about: at zero or not, it is the same."""
+        before = self._settings.observe(self.model, self._settings.dtypes[0]) if names else []
+        return [name for name in names if not self._reacts(name, before)]
 
     def _reacts(self, name: str, before: list[proof.Output]) -> bool:
         undo = surgery._zero(self.model, self.structures, {name: self.structures.groups[name].ids.tolist()})
@@ -144,7 +158,7 @@ class Trials:
         for gradients in self._settings.gradients(self.model):
             for name, group in self.structures.groups.items():
                 for c in group.couplings:
-                    if c.role in NOT_PARAMETERS or c.tensor not in gradients:
+                    if c.role in NOT_PARAMETERS or c.role is Role.COLUMN or c.tensor not in gradients:
                         continue
                     moved = gradients[c.tensor].index_select(c.dim, c.position.to(gradients[c.tensor].device))
                     value = float(moved.abs().max()) if moved.numel() else 0.0

@@ -134,7 +134,13 @@ def _judged(
             bad[name] = f"removing a structure changes more than its nature ({nature}): {verdict.problem}"
         else:
             bad[name] = f"removing a structure changes what is left: {verdict.problem}"
-    for name in trials.dumb(list(good)):
+    silent = trials.silent(list(good))
+    dumb = trials.dumb(silent)
+    doubtful = [name for name in silent if name not in dumb and good[name].inexact is None]
+    for name, verdict in trials.failures_in_steps(doubtful, natural=False).items():
+        del good[name]
+        bad[name] = f"removing a structure changes what is left: {verdict.problem}"
+    for name in dumb:
         del good[name]
         bad[name] = (
             "the output does not react to it, so a removal cannot be proven; give example inputs on which it "
@@ -185,7 +191,7 @@ def _random_values(model: nn.Module, structures: StructureSet, example_inputs: A
         c.tensor for group in structures.groups.values() for c in group.couplings if c.role is Role.BUFFER
     }
     tensors: list[Tensor] = [p for p in model.parameters() if p.is_floating_point()]
-    tensors += [buffer for name, buffer in model.named_buffers() if name in buffers]
+    tensors += [b for name, b in model.named_buffers() if name in buffers and b.is_floating_point()]
     saved = [(tensor, tensor.data) for tensor in tensors]
     generator = torch.Generator().manual_seed(0)
     try:
