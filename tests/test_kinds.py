@@ -196,3 +196,16 @@ def test_what_goes_into_a_standardised_weight_is_inexact_by_nature_and_proven_so
     expected = model[4](twin(hidden).relu())
     surgery.remove(model, structures, {"0": [1, 4, 5]}, example_inputs=x)
     assert torch.allclose(model(x), expected, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:.*flex_attention")
+def test_flexible_attention_is_attention() -> None:
+    flex = pytest.importorskip("torch.nn.attention.flex_attention").flex_attention
+
+    def run(m: Net, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (-1, 4)).transpose(1, 2) for f in (m.q, m.k, m.v))
+        return m.out(flex(q, k, v, scale=0.4).transpose(1, 2).flatten(2))
+
+    model = Net(run, **{name: nn.Linear(6, 12) for name in "qkv"}, out=nn.Linear(12, 2))
+    structures = Graph(model, torch.randn(2, 5, 6)).structures
+    assert {name: len(group) for name, group in structures.groups.items()} == {"q": 3}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -77,6 +78,8 @@ def _set_state(generator: torch.Generator, state: Tensor) -> None:
 class _Written(TorchDispatchMode):
     """Saves a parameter before the model writes to it: by a copy in place, through `.data`, through a view."""
 
+    supports_higher_order_operators = True
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._parameters = {_storage(p): p for p in model.parameters() if not p.is_meta}
@@ -86,7 +89,7 @@ class _Written(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         given = dict(kwargs or {})
-        if func._schema.is_mutable:
+        if hasattr(func, "_schema") and func._schema.is_mutable:
             for k, argument in enumerate(func._schema.arguments):
                 if argument.alias_info is not None and argument.alias_info.is_write:
                     self._save(args[k] if k < len(args) else given.get(argument.name))
@@ -122,5 +125,11 @@ def unwritten(model: nn.Module) -> Iterator[None]:
                 parameter.data = data
             parameter.requires_grad_(wanted)
             parameter.grad = grad
-        for parameter, value in written.saved.values():
-            parameter.data.copy_(value)
+        for tensor, value in written.saved.values():
+            tensor.data.copy_(value)
+
+
+def eager() -> AbstractContextManager[Any]:
+    """Inside, compiled functions run as they were written."""
+    compiled = {"torch._dynamo", "torch.nn.attention.flex_attention"} & sys.modules.keys()  # a costly import
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()

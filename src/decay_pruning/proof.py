@@ -23,7 +23,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from decay_pruning.errors import SurgeryError
-from decay_pruning.keeping import contents
+from decay_pruning.keeping import contents, eager
 from decay_pruning.steps import Steps
 
 log = logging.getLogger(__name__)
@@ -307,10 +307,14 @@ def cast(tensor: Tensor, dtype: torch.dtype | None, copy: bool = False) -> Tenso
 class _Still(TorchDispatchMode):
     """Takes chance out: narrower tensors would draw other numbers. Noise is constant, dropout drops nothing."""
 
+    supports_higher_order_operators = True
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         given = dict(kwargs or {})
+        if not hasattr(func, "_schema"):
+            return func(*args, **given)
         values = list(args)
         for k, argument in enumerate(func._schema.arguments):
             if argument.name in ("dropout_p", "dropout"):
@@ -435,6 +439,7 @@ def _run(
 
     inputs = mapped(setting.inputs, lambda t: cast(t, dtype, copy=True))
     with seeded(model), ExitStack() as stack:
+        stack.enter_context(eager())
         stack.enter_context(stand_ins(model, dtype, setting.training, noise=noise))
         handle = register_module_forward_hook(note)
         stack.callback(handle.remove)

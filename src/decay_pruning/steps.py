@@ -19,6 +19,8 @@ class Steps(TorchDispatchMode):
         found: there was something to look through.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()
         self.found = False
@@ -26,7 +28,7 @@ class Steps(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        name = func.overloadpacket.__name__
+        name = func.overloadpacket.__name__ if hasattr(func, "overloadpacket") else func.name()
         plain = name.rstrip("_")
         through = plain in _STEPS or "fake_quantize" in plain
         if not through or not isinstance(args[0], Tensor) or not args[0].is_floating_point():

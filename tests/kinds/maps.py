@@ -435,3 +435,37 @@ def modulated() -> Made:
         w=nn.Parameter(torch.randn(5, 6, 3, 3)),
         out=nn.Conv2d(5, 2, 1),
     ), (image(2, 3, 5, 5), image(2, 4))
+
+
+@kind("repeated: every channel twice, one after the other, and all of them twice", {"a": 5, "b": 4})
+def repeated() -> Made:
+    def run(m: Net, x: Tensor) -> Tensor:
+        y = m.b(m.a(x).repeat_interleave(2, 1).relu())
+        return m.out(y.tile(1, 2, 1))
+
+    return Net(run, a=nn.Conv1d(3, 5, 1), b=nn.Conv1d(10, 4, 1), out=nn.Conv1d(8, 2, 1)), image(2, 3, 6)
+
+
+@kind(
+    "outer product: of two widths, of which one can go",
+    {"c": 3, "b": 7},
+    {"a": "is seen as 8 × 3 in 'b.weight'"},
+)
+def outer() -> Made:
+    def run(m: Net, x: Tensor) -> Tensor:
+        y = m.a(x)
+        return m.out(m.b((y.unsqueeze(-1) * m.c(y).unsqueeze(-2)).flatten(-2)).relu())
+
+    return Net(run, a=nn.Linear(4, 8), c=nn.Linear(8, 3), b=nn.Linear(24, 7), out=nn.Linear(7, 2)), image(
+        2, 3, 4
+    )
+
+
+@kind("turned: a map by a quarter, channels last", {"a": 6, "b": 5})
+def turned() -> Made:
+    return Net(
+        lambda m, x: m.out(m.b(torch.rot90(m.a(x), 1, (1, 2))).relu()),
+        a=nn.Linear(3, 6),
+        b=nn.Linear(6, 5),
+        out=nn.Linear(5, 2),
+    ), image(2, 4, 4, 3)

@@ -194,7 +194,7 @@ def codebook() -> Made:
     "forward writes: the input is centred in place, noise comes from a generator of the model's own",
     {"a": 6, "b": 5},
 )
-def centred() -> Made:
+def centred_in_place() -> Made:
     class Noisy(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -344,3 +344,125 @@ def scale_of_a_square() -> Made:
         a=nn.Conv2d(5, 5, 1), b=nn.Linear(5, 5), c=nn.Linear(5, 5), s=nn.Parameter(torch.full((5,), 1e-6)),
         out=nn.Linear(5, 5),
     ), image(5, 5, 5, 5)  # fmt: skip
+
+
+@kind("hidden reader: branches with norms in training, one folded convolution in evaluation", {"0": 6})
+def folded_for_evaluation() -> Made:
+    class Folded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.narrow = nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.Conv2d(6, 6, 1, bias=False)
+            self.norms = nn.ModuleList((nn.BatchNorm2d(6), nn.BatchNorm2d(6)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                return self.norms[0](self.wide(x)) + self.norms[1](self.narrow(x)) + x
+            weight: Any = 0
+            bias: Any = 0
+            for conv, norm, pad in zip((self.wide, self.narrow), self.norms, (0, 1), strict=True):
+                scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+                weight = weight + F.pad(conv.weight * scale[:, None, None, None], [pad] * 4)
+                bias = bias + norm.bias - norm.running_mean * scale
+            return F.conv2d(x, weight, bias, padding=1) + x
+
+    return nn.Sequential(nn.Conv2d(3, 6, 1), Folded(), nn.ReLU(), Folded(), nn.Conv2d(6, 2, 1)), image(
+        2, 3, 5, 5
+    )
+
+
+@kind("hidden reader: training reads two widths at once", {"a": 6, "b": 5})
+def joined_in_training() -> Made:
+    def run(m: Net, x: Tensor) -> Any:
+        y = m.a(x).relu()
+        z = m.b(y).relu()
+        return (m.out(z), m.aux(torch.cat([y, z], -1))) if m.training else m.out(z)
+
+    return Net(run, a=nn.Linear(4, 6), b=nn.Linear(6, 5), out=nn.Linear(5, 2), aux=nn.Linear(11, 3)), image(
+        3, 4
+    )
+
+
+def centred(y: Tensor) -> Tensor:
+    return y - y.sum(-1, keepdim=True) / y.shape[-1]
+
+
+@kind("blind proof: all that is read is whether it is above zero", {"b": 7}, {"a": CHANGES})
+def compared() -> Made:
+    return blind(lambda m, x: m.out(m.b((centred(m.a(x)) > 0).to(x)).relu()))
+
+
+@kind("blind proof: quantised between the layers", {"b": 7}, {"a": CHANGES})
+def quantised() -> Made:
+    def run(m: Net, x: Tensor) -> Tensor:
+        y = torch.fake_quantize_per_tensor_affine(centred(m.a(x)), 0.5, 0, -8, 7)
+        return m.out(m.b(y).relu())
+
+    return blind(run)
+
+
+@kind("forward writes: a layer that is made when it is first needed", {"a": 6})
+def made_late() -> Made:
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.out = nn.Linear(4, 6), nn.Linear(6, 2)
+            self.act: nn.Module | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.act is None:
+                self.act = nn.Tanh()
+            return self.out(self.act(self.a(x)))
+
+    return Late(), image(3, 4)
+
+
+@kind("forward writes: data is assigned, and gradients are taken on the way", {"a": 6, "b": 5})
+def assigned() -> Made:
+    def run(m: Net, x: Tensor) -> Tensor:
+        m.a.weight.data = m.a.weight.data.clamp(-0.3, 0.3)  # type: ignore[union-attr]
+        with torch.enable_grad():
+            m.b(m.a(x.detach())).square().sum().backward()
+        return m.out(m.b(m.a(x).relu()).relu())
+
+    return Net(run, a=nn.Linear(4, 6), b=nn.Linear(6, 5), out=nn.Linear(5, 2)), image(3, 4)
+
+
+@kind("torch's helpers: a mask of true and false, and whole numbers, as buffers", {"a": 6})
+def whole_numbers() -> Made:
+    class Masks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.out = nn.Linear(4, 6), nn.Linear(6, 2)
+            self.register_buffer("mask", torch.tensor([True, False, True, True, True, False]))
+            self.register_buffer("places", torch.arange(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out((self.a(x) * self.mask + self.places / 10).relu())
+
+    return Masks(), image(3, 4)
+
+
+@kind("torch's helpers: a part in inference mode, where operators arrive whole", {"c": 6, "w": 5, "b": 7})
+def inference() -> Made:
+    def run(m: Net, x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            y = F.interpolate(F.max_pool2d(m.norm(m.c(x)).relu(), 2), scale_factor=2)
+            y = torch.matmul(y.flatten(2).transpose(1, 2), m.w).chunk(2, -1)[0]
+        return m.out(m.b(y.clone()).relu())
+
+    return Net(
+        run,
+        c=nn.Conv2d(3, 6, 3, padding=1),
+        norm=nn.BatchNorm2d(6),
+        w=nn.Parameter(torch.randn(6, 10)),
+        b=nn.Linear(5, 7),
+        out=nn.Linear(7, 2),
+    ), image(2, 3, 4, 4)
+
+
+@kind("torch's helpers: one of two branches by torch.cond", {"a": 6, "b": 5})
+def conditional() -> Made:
+    def run(m: Net, x: Tensor) -> Tensor:
+        return m.out(torch.cond(x.sum() > 1e6, lambda y: m.b(y), lambda y: m.c(y), (m.a(x),)))
+
+    return Net(run, a=nn.Linear(4, 6), b=nn.Linear(6, 5), c=nn.Linear(6, 5), out=nn.Linear(5, 2)), image(3, 4)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from decay_pruning.counting._makers import CONSTANT, VIEWS, Axes, aligned
 from decay_pruning.counting._products import RULES, Ledger, Product, attention
 from decay_pruning.errors import GraphError
-from decay_pruning.keeping import unwritten
+from decay_pruning.keeping import eager, unwritten
 from decay_pruning.proof import copied
 from decay_pruning.surgery import call, untouched
 
@@ -33,7 +31,7 @@ def count(model: nn.Module, example_inputs: Any) -> list[Product]:
     """
     ledger = Ledger(model)
     counter = _Counter(ledger)
-    with untouched(model), unwritten(model), torch.no_grad(), _eager(), _module_paths(model, ledger.path):
+    with untouched(model), unwritten(model), torch.no_grad(), eager(), _module_paths(model, ledger.path):
         try:
             with _Attention(counter), counter:
                 call(model, copied(example_inputs))
@@ -44,12 +42,6 @@ def count(model: nn.Module, example_inputs: Any) -> list[Product]:
                 f"the model does not run on its example inputs: {type(error).__name__}: {error}"
             ) from error
     return ledger.products
-
-
-def _eager() -> AbstractContextManager[Any]:
-    """Inside, compiled functions run as they were written."""
-    compiled = {"torch._dynamo", "torch.nn.attention.flex_attention"} & sys.modules.keys()  # a costly import
-    return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

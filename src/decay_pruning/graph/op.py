@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
@@ -39,10 +40,8 @@ class Op:
         self, run: Run, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], outputs: list[Tensor]
     ) -> None:
         self.function = function
-        name: str = function._schema.name.removeprefix("aten::")
-        self.name = (
-            name if name.endswith("__") else name.removesuffix("_")
-        )  # as its form that is not in place
+        name = name_of(function)
+        self.name = name if name.endswith("__") else name.removesuffix("_")  # its form that is not in place
         self.arguments = dict(_parameters(function))
         self.arguments.update(zip(self.arguments, args, strict=False))
         self.arguments.update(kwargs)
@@ -152,6 +151,22 @@ def tensors(values: Any) -> Iterator[Tensor]:
             yield from tensors(each)
 
 
+def name_of(function: Any) -> str:
+    """The name of an operator in ATen; or of one of torch's operators on functions, which have no schema."""
+    name: str = function._schema.name if hasattr(function, "_schema") else function.name()
+    return name.removeprefix("aten::")
+
+
+@cache
+def is_whole(function: Any) -> bool:
+    """Whether an operator has no rule and may be made of others."""
+    from decay_pruning.graph.rules import rule_of
+
+    return hasattr(function, "decompose") and rule_of(function) is None
+
+
 @cache
 def _parameters(function: Any) -> tuple[tuple[str, Any], ...]:
+    if not hasattr(function, "_schema"):
+        return tuple((name, None) for name in inspect.signature(function.__call__).parameters)
     return tuple((a.name, a.default_value) for a in function._schema.arguments)

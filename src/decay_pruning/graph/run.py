@@ -20,8 +20,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from decay_pruning import proof
 from decay_pruning.graph import sites
-from decay_pruning.graph.axes import CONSTANT, OUTPUT, Atom, Axes, Axis, Reason, fix
-from decay_pruning.graph.op import Op, tensors
+from decay_pruning.graph.axes import (
+    CONSTANT,
+    OPERATION,
+    OUTPUT,
+    Atom,
+    Axes,
+    Axis,
+    Misaligned,
+    Reason,
+    fix,
+    unify,
+)
+from decay_pruning.graph.op import Op, is_whole, name_of, tensors
 
 if TYPE_CHECKING:
     from decay_pruning.graph.trace import Trace
@@ -53,6 +64,8 @@ class _Value:
 
 class Run(TorchDispatchMode):
     """One run of the model."""
+
+    supports_higher_order_operators = True
 
     def __init__(self, trace: Trace) -> None:
         super().__init__()
@@ -108,11 +121,33 @@ class Run(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if name_of(func) == "cond":
+            return self._both(*args)
+        if is_whole(func):  # in inference mode
+            with self:
+                parts = func.decompose(*args, **(kwargs or {}))
+            if parts is not NotImplemented:
+                return parts
         result = func(*args, **(kwargs or {}))
         outputs = [t for t in tensors([result])]
         if outputs:
             self._follow(Op(self, func, args, kwargs or {}, outputs))
         return result
+
+    def _both(self, holds: Tensor, yes: Any, no: Any, operands: Sequence[Tensor]) -> Any:
+        """The branches of `torch.cond`: what they return is one, whichever is taken."""
+        with self:
+            taken, other = (branch(*operands) for branch in ((yes, no) if holds else (no, yes)))
+        for a, b in zip(tensors([taken]), tensors([other]), strict=True):
+            value = self.value(a)
+            value.parents.append(self.value(b))
+            for one, another in zip(value.axes, self.axes(b), strict=True):
+                try:
+                    unify(one, another)
+                except Misaligned:
+                    for axis in (one, another):
+                        fix(axis, Reason(OPERATION, f"is seen in two ways by cond{sites.at(self.site())}"))
+        return taken
 
     def _follow(self, op: Op) -> None:
         inputs = [self.value(t) for t in op.inputs]
@@ -126,7 +161,7 @@ class Run(TorchDispatchMode):
             if mutates and any(tensor is t for t in op.inputs):
                 value = self.value(tensor)
                 value.parents += [v for v in inputs if v is not value]
-                if torch.Tag.inplace_view in op.function.tags:  # transpose_, squeeze_
+                if torch.Tag.inplace_view in getattr(op.function, "tags", ()):  # transpose_, squeeze_
                     value.axes = axes
                 while value.base is not None:
                     value = value.base
@@ -204,5 +239,7 @@ def _silence(output: Any, given: Sequence[Tensor]) -> str:
 @cache
 def _effects(function: Any) -> tuple[bool, bool]:
     """Whether an operator changes its first input, and whether its result is a view of it."""
+    if not hasattr(function, "_schema"):
+        return False, False
     infos = [a.alias_info for a in function._schema.arguments if a.alias_info is not None]
     return any(info.is_write for info in infos), any(not info.is_write for info in infos)

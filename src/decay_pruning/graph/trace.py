@@ -19,7 +19,7 @@ from decay_pruning.errors import GraphError
 from decay_pruning.graph.attributes import reads
 from decay_pruning.graph.axes import INPUT, Atom, Axes, Axis, Product, Reason, Sum
 from decay_pruning.graph.run import Run
-from decay_pruning.keeping import unwritten
+from decay_pruning.keeping import eager, unwritten
 from decay_pruning.structures import Place, Role
 
 log = logging.getLogger(__name__)
@@ -145,7 +145,7 @@ class Trace:
                 if training:
                     for module in self.modules:
                         module.training = True
-                with unwritten(self.model), run:
+                with eager(), unwritten(self.model), run:
                     output = proof.call(self.model, example_inputs)
         finally:
             for module, values in kept:

@@ -9,7 +9,7 @@ import torch
 
 from decay_pruning import surgery
 from decay_pruning.graph.axes import Axes, Axis, leaves
-from decay_pruning.graph.op import Op, Rule
+from decay_pruning.graph.op import Op, Rule, name_of
 
 RULES: dict[str, Rule] = {}
 
@@ -26,9 +26,9 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 def rule_of(function: Any) -> Rule | None:
     """The rule of an operator: its own, that of its in-place form, or the one of all elementwise operators."""
-    name = function._schema.name.removeprefix("aten::")
+    name = name_of(function)
     found = RULES.get(name) or RULES.get(name.removesuffix("_"))
-    if found is None and torch.Tag.pointwise in function.tags:
+    if found is None and torch.Tag.pointwise in getattr(function, "tags", ()):
         return elementwise
     return found
 

@@ -143,6 +143,7 @@ def distances(op: Op) -> Axes:
     "scaled_dot_product_attention",
     "_scaled_dot_product_fused_attention_overrideable",
     "_scaled_dot_product_attention_math_for_mps",
+    "flex_attention",
 )
 def attention(op: Op) -> list[Axes]:
     q, k, v = op.axes("query"), op.axes("key"), op.axes("value")
@@ -155,9 +156,12 @@ def attention(op: Op) -> list[Axes]:
         op.trace.heads.append(a)
     op.tie(k[-2], v[-2])
     op.tie(q[-1], k[-1])
-    if op.get("scale") is None and not isinstance(
-        op.module, nn.MultiheadAttention
-    ):  # that one is in `layers`
+    for tensor in (t for t in op.inputs if all(t is not op[name] for name in ("query", "key", "value"))):
+        if op.name == "flex_attention":
+            op.refuse(op.axes(tensor), "is read by position in")
+    plain = op.name == "flex_attention" and op["scale"] == op["query"].shape[-1] ** -0.5
+    scale = None if plain else op.get("scale")
+    if scale is None and not isinstance(op.module, nn.MultiheadAttention):  # that one is in `layers`
         scaled(op, q[-1])
     return [[*q[:-1], v[-1]]]
 

@@ -74,9 +74,7 @@ class Trials:
 
         return _failures(self._kinds(names), attempt) if names else {}
 
-    def _tried(
-        self, picks: Sequence[tuple[Picks, Sequence[int] | None]], natural: bool
-    ) -> surgery.Verdict:
+    def _tried(self, picks: Sequence[tuple[Picks, Sequence[int] | None]], natural: bool) -> surgery.Verdict:
         """The first problem of several picks, each in some of the settings."""
         verdict = surgery.Verdict(0.0, None)
         for each, only in picks:
