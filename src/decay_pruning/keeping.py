@@ -16,43 +16,50 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 #: What torch keeps on every module itself.
 _OF_TORCH = frozenset(vars(nn.Module()))
-_NO_STATE = Tensor | nn.Module | type | FunctionType | MethodType | ModuleType | torch.Size
+_PLAIN = frozenset({int, float, str, bool, complex, type(None), torch.dtype, torch.device, torch.Size})
+_NO_STATE = Tensor | nn.Module | type | FunctionType | MethodType | ModuleType
 _DEPTH = 3
 
 
 def contents(modules: Iterable[nn.Module]) -> Callable[[], None]:
     """Note what is in the lists, dictionaries, objects and generators that hang on modules. Returns a way back."""
+    tables: list[tuple[Any, dict[str, Any]]] = []
     undo: list[Callable[[], None]] = []
     seen: set[int] = set()
 
     def note(value: Any, depth: int) -> None:
         if isinstance(value, _NO_STATE) or depth > _DEPTH or id(value) in seen:
             return
+        inside: Iterable[Any] = ()
         if isinstance(value, torch.Generator):
             undo.append(partial(_set_state, value, value.get_state()))
+        elif isinstance(value, tuple):
+            inside = value
         elif isinstance(value, list | deque | set):
-            undo.append(partial(_refill, value, list(value)))
-        elif isinstance(value, dict):
-            undo.append(partial(_fill, value, dict(value)))
-        elif not isinstance(value, tuple) and hasattr(value, "__dict__"):
-            value = vars(value)
-            undo.append(partial(_fill, value, dict(value)))
-        elif not isinstance(value, tuple):
-            return
+            inside = list(value)
+            undo.append(partial(_refill, value, inside))
+        elif isinstance(value, dict) or hasattr(value, "__dict__"):
+            mine = value if isinstance(value, dict) else vars(value)
+            inside = mine.values()
+            undo.append(partial(_fill, mine, dict(mine)))
         seen.add(id(value))
-        for each in (
-            value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-        ):
-            note(each, depth + 1)
+        for each in inside:
+            if type(each) not in _PLAIN:
+                note(each, depth + 1)
 
     for module in modules:
         for table in (module._parameters, module._buffers, module._modules):
-            undo.append(partial(_fill, table, dict(table)))
+            tables.append((table, dict(table)))
         for name, value in vars(module).items():
-            if name not in _OF_TORCH:
+            if type(value) not in _PLAIN and name not in _OF_TORCH:
                 note(value, 1)
 
     def put_back() -> None:
+        for module, *old in tables:
+            for table, before in zip(
+                (module._parameters, module._buffers, module._modules), old, strict=True
+            ):
+                _fill(table, before)
         for take in undo:
             take()
 

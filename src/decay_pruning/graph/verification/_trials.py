@@ -127,18 +127,17 @@ class Trials:
 
     # ------------------------------------------------------------------------------------------ the control
 
-    def silent(self, names: Sequence[str]) -> list[str]:
-        """The layer groups that the output does not follow smoothly (`detach`, a step function, or not at all).
+    def silent(self, names: Sequence[str]) -> tuple[list[str], list[str]]:
+        """The layer groups that the output says nothing about, and those that it follows in steps only.
 
-        What reads them says nothing of that.
+        The gradient of the output tells for all of them at once. Where it is silent (`detach`, a step function), the
+        layer group is set to zero and the model is run.
         """
-        moved = self._sensitivity()
-        return [name for name in names if not moved.get(name, 0.0) > _REACTION]
-
-    def dumb(self, names: Sequence[str]) -> list[str]:
-        """Of these, those that the output says nothing about: at zero or not, it is the same."""
-        before = self._settings.observe(self.model, self._settings.dtypes[0]) if names else []
-        return [name for name in names if not self._reacts(name, before)]
+        moved, made = self._sensitivity()
+        quiet = [name for name in names if not moved.get(name, 0.0) > _REACTION]
+        before = self._settings.observe(self.model, self._settings.dtypes[0]) if quiet else []
+        dumb = [name for name in quiet if not self._reacts(name, before)]
+        return dumb, [name for name in names if name not in dumb and not made.get(name, 0.0)]
 
     def _reacts(self, name: str, before: list[proof.Output]) -> bool:
         undo = surgery._zero(self.model, self.structures, {name: self.structures.groups[name].ids.tolist()})
@@ -150,20 +149,23 @@ class Trials:
         finally:
             undo()
 
-    def _sensitivity(self) -> dict[str, float]:
-        """Layer group → how far the output moves with the values of its parameters, to first order."""
-        found: dict[str, float] = {}
+    def _sensitivity(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Layer group → how far the output moves with its parameters, to first order; and with those that make it."""
+        moved: dict[str, float] = {}
+        made: dict[str, float] = {}
         for gradients in self._settings.gradients(self.model):
             for name, group in self.structures.groups.items():
                 for c in group.couplings:
-                    if c.role in NOT_PARAMETERS or c.role is Role.COLUMN or c.tensor not in gradients:
+                    if c.role in NOT_PARAMETERS or c.tensor not in gradients:
                         continue
-                    moved = gradients[c.tensor].index_select(c.dim, c.position.to(gradients[c.tensor].device))
-                    value = float(moved.abs().max()) if moved.numel() else 0.0
-                    found[name] = max(found.get(name, 0.0), value)
-            if all(found.get(name, 0.0) > _REACTION for name in self.structures.groups):
+                    rows = gradients[c.tensor].index_select(c.dim, c.position.to(gradients[c.tensor].device))
+                    value = float(rows.abs().max()) if rows.numel() else 0.0
+                    moved[name] = max(moved.get(name, 0.0), value)
+                    if c.role is not Role.COLUMN:
+                        made[name] = max(made.get(name, 0.0), value)
+            if all(moved.get(n, 0.0) > _REACTION and made.get(n, 0.0) for n in self.structures.groups):
                 break
-        return found
+        return moved, made
 
 
 def _failures(

@@ -134,10 +134,9 @@ def _judged(
             bad[name] = f"removing a structure changes more than its nature ({nature}): {verdict.problem}"
         else:
             bad[name] = f"removing a structure changes what is left: {verdict.problem}"
-    silent = trials.silent(list(good))
-    dumb = trials.dumb(silent)
-    doubtful = [name for name in silent if name not in dumb and good[name].inexact is None]
-    for name, verdict in trials.failures_in_steps(doubtful, natural=False).items():
+    dumb, steps = trials.silent(list(good))
+    steps = [name for name in steps if good[name].inexact is None]
+    for name, verdict in trials.failures_in_steps(steps, natural=False).items():
         del good[name]
         bad[name] = f"removing a structure changes what is left: {verdict.problem}"
     for name in dumb:
