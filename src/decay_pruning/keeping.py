@@ -55,11 +55,8 @@ def contents(modules: Iterable[nn.Module]) -> Callable[[], None]:
                 note(value, 1)
 
     def put_back() -> None:
-        for module, *old in tables:
-            for table, before in zip(
-                (module._parameters, module._buffers, module._modules), old, strict=True
-            ):
-                _fill(table, before)
+        for table, old in tables:
+            _fill(table, old)
         for take in undo:
             take()
 
