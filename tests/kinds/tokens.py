@@ -583,3 +583,28 @@ def adjacency() -> Made:
             return self.out(self.b(y).relu())
 
     return Graph(), image(7, 4)
+
+
+@kind(
+    "heads: three widths cross in one layer, the outer one is a number in the code",
+    {"enter": 7, "q": 4, "v": 5},
+    {"k": "shape '[2, 5, 4, -1]'"},
+)
+def three_cross() -> Made:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared = 3
+            self.enter = nn.Linear(6, 7)
+            self.q, self.k, self.v = nn.Linear(7, 48), nn.Linear(7, 16), nn.Linear(7, 20)
+            self.out = nn.Linear(60, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            b, t, _ = x.shape
+            x = self.enter(x)
+            q = self.q(x).view(b, t, 4, self.shared, -1).permute(0, 2, 1, 3, 4).flatten(2, 3)
+            k, v = (f(x).view(b, t, 4, -1).transpose(1, 2) for f in (self.k, self.v))
+            y = (q @ k.mT).softmax(-1) @ v
+            return self.out(y.view(b, 4, t, self.shared, -1).permute(0, 2, 1, 3, 4).flatten(2))
+
+    return Shared(), image(2, 5, 6)

@@ -106,6 +106,8 @@ class Choices:
                 self._drop(*((a, b) if outer else (b, a)), f"is seen as {a.size} × {b.size}{where}")
             elif a.reason is None or b.reason is None:
                 self._pairs.append((b, a) if a.reason is not None else (a, b))
+            elif a is not b:  # both are out for the sake of a third one: only one of them may come in for it
+                self._pairs += [(a, b), (b, a)]
 
     def _drop(self, kept: Atom, less: Atom, text: str) -> None:
         less.reason = self._reasons[id(less)] = Reason(CROSSING, text)
