@@ -6,7 +6,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -92,11 +92,9 @@ class _Written(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        given = dict(kwargs or {})
-        if hasattr(func, "_schema") and func._schema.is_mutable:
-            for k, argument in enumerate(func._schema.arguments):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    self._save(args[k] if k < len(args) else given.get(argument.name))
+        given = kwargs or {}
+        for k, name in _written(func):
+            self._save(args[k] if k < len(args) else given.get(name))
         return func(*args, **given)
 
     def _save(self, target: Any) -> None:
@@ -104,6 +102,13 @@ class _Written(TorchDispatchMode):
             parameter = self._parameters.get(_storage(each)) if isinstance(each, Tensor) else None
             if parameter is not None and id(parameter) not in self.saved:
                 self.saved[id(parameter)] = parameter, parameter.detach().clone()
+
+
+@cache
+def _written(function: Any) -> tuple[tuple[int, str], ...]:
+    """The arguments that an operator writes to."""
+    arguments = enumerate(function._schema.arguments) if hasattr(function, "_schema") else ()
+    return tuple((k, a.name) for k, a in arguments if a.alias_info is not None and a.alias_info.is_write)
 
 
 def _storage(tensor: Tensor) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,14 +29,17 @@ class Steps(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        name = func.overloadpacket.__name__ if hasattr(func, "overloadpacket") else func.name()
-        plain = name.rstrip("_")
-        through = plain in _STEPS or "fake_quantize" in plain
-        if not through or not isinstance(args[0], Tensor) or not args[0].is_floating_point():
+        if not _is_step(func) or not isinstance(args[0], Tensor) or not args[0].is_floating_point():
             return func(*args, **(kwargs or {}))
         self.found = True
-        if name.endswith("_"):
+        if func.overloadpacket.__name__.endswith("_"):
             return args[0]
         same = args[0].clone()
         masked = len(func._schema.returns) > 1
         return (same, torch.ones_like(same, dtype=torch.bool)) if masked else same
+
+
+@cache
+def _is_step(function: Any) -> bool:
+    name = function.overloadpacket.__name__.rstrip("_") if hasattr(function, "overloadpacket") else ""
+    return name in _STEPS or "fake_quantize" in name

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -744,8 +744,10 @@ def _try_remove(
     try:
         for dtype in settings.dtypes:
             try:
-                left = only_what_is_left(model, structures.kept(mixed), structures.standardised)
-                with left if natural else nullcontext():
+                with ExitStack() as stack:
+                    if natural:
+                        left = only_what_is_left(model, structures.kept(mixed), structures.standardised)
+                        stack.enter_context(left)
                     before = settings.observe(model, dtype, only)
             except SurgeryError as error:
                 if verdict.problem is None:
