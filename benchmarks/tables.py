@@ -1,10 +1,10 @@
-"""Write docs/results.md and the README's table from the files in results/, or check that they are up to date.
+"""Write the pages with results from the files in results/, or check that they are up to date.
 
     python benchmarks/tables.py
     python benchmarks/tables.py --check      # writes nothing; exit code 1 where a page is stale
 
 No number on these pages is written by hand. A new file in results/ appears by itself; the README shows the comparisons
-called final-*.json, and digits.json as long as there are none.
+called final-*.json, and digits.json as long as there are none. The pages are docs/results.md and docs/networks.md.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+import network_tables
 
 from decay_pruning.errors import ConfigError
 from decay_pruning.lab import recipe as recipes
@@ -420,7 +422,7 @@ def _changes(now: dict[str, Any], then: dict[str, Any]) -> str:
 
 
 def pages(root: Path) -> dict[Path, str]:
-    """What docs/results.md and README.md should hold."""
+    """What the pages should hold."""
     files = {path: json.loads(path.read_text("utf-8")) for path in sorted((root / "results").glob("*.json"))}
     found = {path: results.load(path) for path, values in files.items() if "runs" in values}
     final = {path: result for path, result in found.items() if path.name.startswith("final-")}
@@ -428,7 +430,8 @@ def pages(root: Path) -> dict[Path, str]:
     diagnoses = {path: values for path, values in files.items() if path.name.startswith("diagnose-")}
     reasons = {path: values for path, values in files.items() if path.name.startswith("causes-")}
     joint = {path: values for path, values in files.items() if path.name.startswith("together-")}
-    others = {*found, *searches, *diagnoses, *reasons, *joint}
+    networks = {path: values for path, values in files.items() if path.stem in ("coverage", "fuzz")}
+    others = {*found, *searches, *diagnoses, *reasons, *joint, *networks}
     costs = {path: values for path, values in files.items() if path not in others}
     parts = [HEAD, "## Comparisons", *(comparison(*each) for each in {**final, **found}.items())]
     parts += [SEARCHES, *(search(*each) for each in searches.items())]
@@ -443,7 +446,9 @@ def pages(root: Path) -> dict[Path, str]:
     if not begin or not end:
         raise ConfigError(f"README.md has no lines {BEGIN} and {END}")
     shown = final or {path: result for path, result in found.items() if path.name == "digits.json"}
+    further = {root / "docs" / "networks.md": network_tables.page(networks, table, made)} if networks else {}
     return {
+        **further,
         root / "docs" / "results.md": "\n\n".join(part.strip() for part in parts) + "\n",
         root / "README.md": f"{before}{BEGIN}\n{summary(shown)}\n{END}{after}",
     }
