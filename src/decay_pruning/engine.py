@@ -469,9 +469,11 @@ class Engine:
     def _exchanged(self, fading: Fading, candidates: Tensor, worth: Tensor) -> Tensor:
         """Those of the candidates that are worth more than what would go in their place."""
         chosen, mine = torch.zeros_like(candidates), candidates.nonzero().flatten()
-        if self._exchange is not None and mine.numel():
+        if self._exchange is not None and self.rectify is not None and mine.numel():
             keys = [fading.batch.keys[i] for i in mine.tolist()]
-            rows, self._exchange = self._exchange.releases(keys, worth[mine].tolist(), self.fading())
+            rows, self._exchange = self._exchange.releases(
+                keys, worth[mine].tolist(), self.fading(), self.rectify.margin
+            )
             chosen[mine[rows]] = True
         return chosen
 

@@ -74,6 +74,7 @@ class SelfRectifying:
         cooldown: for how many later picks a released structure is not picked again.
         retries: how often the host may pick others in place of released ones with rectifying on. One more
             round, without rectifying, meets the target for sure.
+        margin: under "worth", how many times as much as what would go in its place a structure must be worth to stay.
         rate_per: what C_rate is a share of: "step", so that it is between −1 and 1, or "decay", the length that the
             decay takes in one step.
 
@@ -90,6 +91,7 @@ class SelfRectifying:
     max_share: Annotated[float, above(0, most=1)] = 0.05
     cooldown: Count = 1
     retries: Count = 0
+    margin: Annotated[float, above(0)] = 4.0
     rate_per: Literal["step", "decay"] = "step"
 
     def __post_init__(self) -> None:
@@ -120,13 +122,12 @@ class SelfRectifying:
         return cls(t_rate, t_len, "rate_and_len", warmup=0.0, max_share=1.0, rate_per=rate_per)
 
     @classmethod
-    def exchange(cls) -> SelfRectifying:
-        """Release what is worth more, per unit of the target, than what the host would take in its place.
+    def exchange(cls, margin: float = 4.0) -> SelfRectifying:
+        """Release what is worth much more, per unit of the target, than what the host would take in its place.
 
-        No share has to be guessed; see `decay_pruning.exchange`. Whether it pays depends on the host's ranking
-        (docs/how-to-choose.md).
+        No share has to be guessed; see `decay_pruning.exchange`. How `margin` was found: docs/how-to-choose.md.
         """
-        return cls(criterion="worth", max_share=1.0)
+        return cls(criterion="worth", max_share=1.0, margin=margin)
 
     @property
     def rule(self) -> Rule | None:
