@@ -411,11 +411,17 @@ def used(root: Path, files: dict[Path, dict[str, Any]]) -> str:
 
 def _changes(now: dict[str, Any], then: dict[str, Any]) -> str:
     """Which settings of a result are not those of the recipe as it is now."""
+    rectify = then["prune"].get("rectify")
+    if rectify and "margin" not in rectify and rectify.get("t_rate") is rectify.get("t_len") is None:
+        rectify = {**rectify, "criterion": rectify["criterion"] or "first_order"}  # the default of its time
+        if rectify.get("max_share") == 0.05:
+            rectify["max_share"] = None
+        then = {**then, "prune": {**then["prune"], "rectify": rectify}}
     try:
         then = recipes.Recipe.from_dict(then).to_dict()
     except ConfigError:
         return ", with settings that are gone"
-    idle = {"name", "title", "device", "data.root", "data.workers", "report"}
+    idle = {"name", "title", "device", "data.root", "data.workers", "data.beside", "model.beside", "report"}
     keys = [text.partition(":")[0] for text in results.differences(then, now)]
     keys = [key for key in keys if not {key, key.partition(".")[0]} & idle]
     return f", with another {', '.join(f'`{key}`' for key in keys)}" if keys else ""

@@ -276,7 +276,7 @@ class Engine:
             return
         new = self._batch(picks)
         norms = new.norms(self._parameters())
-        figures = 0 if self.rectify is None else len(self.rectify.figures)
+        figures = len(self._figures)
         fresh = Fading.of_pick(new, norms, self.step, steps, figures, rectified and steps > 1)
         self.counts.picked += new.slots
         self.counts.picked_again += sum(key in self._free_again for key in new.keys)
@@ -364,6 +364,11 @@ class Engine:
 
     # -- saving ----------------------------------------------------------------------------------------------
 
+    @property
+    def _figures(self) -> list[str]:
+        """What SR averages of each decaying structure."""
+        return [] if self.rectify is None else list(self.rectify.figures)
+
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on bit for bit, in plain containers and tensors."""
         return {
@@ -374,6 +379,7 @@ class Engine:
             "pick_sizes": [[begun, *sizes] for begun, sizes in self._pick_sizes.items()],
             "free_again": [[name, index, free] for (name, index), free in self._free_again.items()],
             "fading": None if self._fading is None else self._fading.state_dict(),
+            "figures": self._figures,
             "kept": self._saved_weights(),
             "exchange": None if self._exchange is None else self._exchange.state_dict(),
         }
@@ -390,8 +396,13 @@ class Engine:
         self._holding = self._batch(self.held, Role) if self.held else None
         self._fading = None
         if state["fading"] is not None:
-            figures = 0 if self.rectify is None else len(self.rectify.figures)
-            self._fading = Fading.from_state(self._batch(state["fading"]["picks"]), state["fading"], figures)
+            if list(state.get("figures", self._figures)) != self._figures:
+                raise ConfigError(
+                    f"SR had measured {state['figures'] or 'nothing'} there, and measures "
+                    f"{self._figures or 'nothing'} here"
+                )
+            batch = self._batch(state["fading"]["picks"])
+            self._fading = Fading.from_state(batch, state["fading"], len(self._figures))
             if set(self.decaying) & set(as_keys(self.held)):
                 raise ConfigError("a structure both decays and is held")
             self._load_weights(self._fading.batch, state["kept"])
