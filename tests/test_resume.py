@@ -140,11 +140,11 @@ def test_fixed_weights():
 
 
 def test_averages_of_one_criterion_are_not_read_as_those_of_another():
-    run = start("residual", "depgraph", rectify=SelfRectifying(criterion="first_order"))
+    run = start("residual", "depgraph", rectify=SelfRectifying.paper())
     while not run.pruner.progress().decaying:
         run.step()
-    other = start("residual", "depgraph", rectify=SelfRectifying(criterion="worth"))
+    other = start("residual", "depgraph", rectify=SelfRectifying())
     with pytest.raises(
-        ConfigError, match=r"SR had measured \['first_order'\] there, and measures \['worth'\] here"
+        ConfigError, match=r"SR had measured \['c_rate', 'c_len'\] there, and measures \['growth'"
     ):
         other.pruner.load_state_dict(run.pruner.state_dict())
