@@ -3,8 +3,8 @@
     python benchmarks/tables.py
     python benchmarks/tables.py --check      # writes nothing; exit code 1 where a page is stale
 
-No number on these pages is written by hand. A new file in results/ appears by itself; the README shows the comparisons
-called final-*.json, and digits.json as long as there are none. The pages are docs/results.md and docs/networks.md.
+No number on these pages is written by hand. A new file in results/ appears by itself; the README shows those
+called crepe-*.json, or final-*.json, or digits.json. The pages are docs/results.md and docs/networks.md.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import curve
 import network_tables
 
 from decay_pruning.errors import ConfigError
@@ -451,12 +452,20 @@ def pages(root: Path) -> dict[Path, str]:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ConfigError(f"README.md has no lines {BEGIN} and {END}")
-    shown = final or {path: result for path, result in found.items() if path.name == "digits.json"}
     further = {root / "docs" / "networks.md": network_tables.page(networks, table, made)} if networks else {}
+    lengths = [root / "results" / f"crepe-{steps}.json" for steps in (250, 1000, 4000)]
+    longer = {path: found[path] for path in lengths if path in found}
+    shown = final or {path: result for path, result in found.items() if path.name == "digits.json"}
+    if longer:
+        machine = where(next(iter(longer.values())).machine)
+        further[root / "docs" / "longer.svg"] = curve.picture(list(longer.values()))
+        table_of_readme = curve.first_screen(longer, table, link, machine)
+    else:
+        table_of_readme = summary(shown)
     return {
         **further,
         root / "docs" / "results.md": "\n\n".join(part.strip() for part in parts) + "\n",
-        root / "README.md": f"{before}{BEGIN}\n{summary(shown)}\n{END}{after}",
+        root / "README.md": f"{before}{BEGIN}\n{table_of_readme}\n{END}{after}",
     }
 
 
