@@ -31,25 +31,30 @@ def picture(found: Sequence[Result]) -> str:
     body = [
         f"<style>{style('svg')}</style>",
         f'<rect width="{_WIDTH}" height="{_TOP + _HEIGHT + 56}" rx="10" style="fill:var(--bg)"/>',
-        text(_PAD - 22, 34, f"{metric} after pruning to a quarter of the MACs", "head big"),
+        text(
+            _PAD - 22,
+            34,
+            f"{metric[:1].upper()}{metric[1:]} after pruning to a quarter of the MACs",
+            "head big",
+        ),
         text(_PAD - 22, 54, "by optimizer steps that are left; bands: worst to best seed", "sub"),
         frame.axes("", y_ticks=levels),
     ]
     for x, result in zip(at, found, strict=True):
         place, _ = frame.at((x, levels[0]))
         body.append(text(place, _TOP + _HEIGHT + 18, f"{steps(result):,} steps", "num mid"))
-    places = []
+    places: list[tuple[float, str]] = []
     for arm, points in seen.items():
         mean = [(x, statistics.fmean(seeds)) for x, seeds in zip(at, points, strict=True)]
         low = [(x, min(seeds)) for x, seeds in zip(at, points, strict=True)]
         high = [(x, max(seeds)) for x, seeds in zip(at, points, strict=True)]
         body.append(frame.band(low, high, arm) + frame.line(mean, "line", arm))
         body += [frame.dot(point, arm) for point in mean]
-        places.append([frame.at(mean[-1])[1], arm])
+        places.append((frame.at(mean[-1])[1], arm))
     last = -math.inf
     for y, arm in sorted(places):
-        last = max(float(y), last + 15)
-        body.append(text(frame.x + frame.width + 12, last + 4, NAMES[str(arm)], "big", str(arm)))
+        last = max(y, last + 15)
+        body.append(text(frame.x + frame.width + 12, last + 4, NAMES[arm], "big", arm))
     height = _TOP + _HEIGHT + 56
     size = f'xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}"'
     said = f"{metric} of {', '.join(NAMES.values())} by training steps that are left"
