@@ -203,8 +203,7 @@ class Engine:
         self.step += 1
         if self._fading is not None:
             self._fade(self._fading, reading if self._fading.batch is batch else None)
-        if self._holding is not None:
-            self._holding.zero_(self._parameters())
+        self.keep_zero()
         if self._driver is not None:
             self._driver.after_step()
 
@@ -295,6 +294,11 @@ class Engine:
         if self._fading is not None:
             self._regroup([self._fading])
         self._emit("removed", keys, {})
+
+    def keep_zero(self) -> None:
+        """Zero what is held, after somebody else has moved the weights."""
+        if self._holding is not None:
+            self._holding.zero_(self._parameters())
 
     def let_go(self) -> None:
         """End everything: what decays stays as it is, and what is held at zero is free to grow again."""
