@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from decay_pruning import surgery
 from decay_pruning.errors import ConfigError, SurgeryError
@@ -48,6 +50,55 @@ def given(optimizer: Any) -> list[Any]:
     if len({id(each) for each in several}) < len(several):
         raise ConfigError("the same optimizer is given twice")
     return several
+
+
+#: Parameter → the pruner that will cut it.
+_CLAIMED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def check_free(parameters: Iterable[Tensor]) -> None:
+    """No pruner that is still at work has these parameters.
+
+    Raises:
+        ConfigError: one has.
+    """
+    parameters = list(parameters)
+    if _claimed(parameters):
+        gc.collect()  # it may hang on an optimizer that nobody has any more
+    if _claimed(parameters):
+        raise ConfigError(
+            "another pruner is at work on this model: call its finish() or cancel() first (cancel() leaves the model "
+            "as it is)"
+        )
+
+
+def _claimed(parameters: Iterable[Tensor]) -> bool:
+    return any(p in _CLAIMED and _CLAIMED[p]() is not None for p in parameters)
+
+
+def claim(parameters: Iterable[Tensor], pruner: Any) -> None:
+    """From now on, this pruner will cut these parameters."""
+    for p in parameters:
+        _CLAIMED[p] = weakref.ref(pruner)
+
+
+def let_go(pruner: Any) -> None:
+    """This pruner cuts nothing any more."""
+    for p in [p for p, owner in _CLAIMED.items() if owner() is pruner]:
+        del _CLAIMED[p]
+
+
+def links(model: nn.Module, names: Iterable[str]) -> list[tuple[Mapping[str, Any], str, Any, str]]:
+    """How these parameters hang on the model: where to look, by which name, for what, and its dotted name."""
+    found: dict[str, tuple[Mapping[str, Any], str, Any, str]] = {}
+    for name in names:
+        module, *path = model, *name.split(".")
+        for k, leaf in enumerate(path):
+            where = module._parameters if k == len(path) - 1 else module._modules
+            dotted = ".".join(path[: k + 1])
+            found.setdefault(dotted, (where, leaf, where[leaf], dotted))
+            module = where[leaf]  # type: ignore[assignment]
+    return list(found.values())
 
 
 class Others:

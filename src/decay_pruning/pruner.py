@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from decay_pruning import copies, optimizers, surgery
+from decay_pruning import copies, optimizers, proof, surgery
 from decay_pruning.budget import Cost, CostModel, Target, as_target
 from decay_pruning.checks import Count, Whole, as_inputs, checked
 from decay_pruning.decay import SmoothPruning
@@ -103,14 +103,16 @@ class Pruner:
         self.example_inputs = example_inputs
         chains = [optimizers.chain(each) for each in optimizers.given(optimizer)]
         self._chain = [each for chain in chains for each in chain]
+        self._place = proof.place_of(model)
         self._optimizer = chains[0][-1]
+        self._parameters = dict(model.named_parameters())
         self._check(model)
         optimizers.check(self._chain, model)
+        optimizers.check_free(self._parameters.values())
         self._also = copies.given(checked(also, _Also, "also"), model)
 
         self.graph = self.host.graph(model, example_inputs)
         self.original: StructureSet = self.graph.structures
-        self._parameters = dict(model.named_parameters())
         self._costs = CostModel(model, example_inputs, self.original)
         self.before: Cost = self._costs.now
         self.engine = Engine(
@@ -129,6 +131,8 @@ class Pruner:
         self._check_state()
         self.engine.attach(self)
         self._others = optimizers.Others(self._chain, self._optimizer, self._touched(), self.engine.keep_zero)
+        optimizers.claim(self._touched().values(), self)
+        self._links = optimizers.links(model, self._touched())
 
     # -- for the user ----------------------------------------------------------------------------------------
 
@@ -204,7 +208,14 @@ class Pruner:
         self._detach()
         return self.report()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ConfigError(
+            "a pruner cannot be copied or pickled, since it rides on the hooks of its optimizer: save "
+            "pruner.state_dict(), and load it into a pruner on a copy of the original model"
+        )
+
     def _detach(self) -> None:
+        optimizers.let_go(self)
         self.engine.detach()
         self._others.detach()
         self._picker.detach(self._scene())
@@ -296,7 +307,7 @@ class Pruner:
                 copies.prune_like(each, self.model)
         structures = self.original.without(state["removed"])
         self.engine.structures = structures
-        self._costs = CostModel(self.model, self.example_inputs, structures)
+        self._costs = CostModel(self.model, self._inputs(), structures)
         self.before = Cost(**state["before"])
         self._round = checked(state["round"], Count, "round")
         self._due = checked(state["due"], Count, "due")
@@ -308,6 +319,7 @@ class Pruner:
 
     def before_step(self) -> None:
         """Pick, when it is time; hosts that time themselves pick in `moved`."""
+        self._check_parameters()
         idle = not self.engine.decaying and not self._waiting
         due = bool(self.host.rounds) and self.engine.step >= self._due
         if idle and due and not self._goal(1.0).met(self._cost_left()):
@@ -444,15 +456,19 @@ class Pruner:
             self.model,
             self.structures,
             self.engine.held,
-            example_inputs=self.example_inputs,
+            example_inputs=self._inputs(),
             optimizer=self._chain,
         )
         for each in self._also:
             copies.prune_like(each, self.model)
         copies.let_averages_follow(self.model)
         self.engine.removed(left)
-        self._costs = CostModel(self.model, self.example_inputs, left)
+        self._costs = CostModel(self.model, self._inputs(), left)
         self._finished_at = self.engine.step
+
+    def _inputs(self) -> Any:
+        """The example inputs, where and in which dtype the model is by now."""
+        return proof.follow(self.example_inputs, self._place, proof.place_of(self.model))
 
     def _force(self) -> None:
         self._told(self._remove_the_rest)
@@ -525,6 +541,15 @@ class Pruner:
     def _check_state(self) -> None:
         """Optimizer state that cannot be cut is said before anything fades."""
         optimizers.check_state(self._chain, self._touched())
+
+    def _check_parameters(self) -> None:
+        """The model still has the parameters that the pruner was built with."""
+        for names, leaf, thing, name in self._links:
+            if names.get(leaf) is not thing:
+                raise ConfigError(
+                    f"{name!r} is not what it was when the pruner was built (a layer or weight was replaced, or the "
+                    "model moved in a way that makes new ones): build another pruner"
+                )
 
     def _touched(self) -> dict[str, Tensor]:
         """The parameters that a removal cuts."""
