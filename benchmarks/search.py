@@ -27,14 +27,6 @@ from decay_pruning.resistance import Resistance
 Grid = dict[str, tuple[str, list[str]]]
 
 LARGE_PICKS = ["prune.host.share=0.25", "prune.host.tick=60", "prune.smooth.steps=60"]
-#: The paper's variant, as far as it is known.
-PAPER = [
-    "prune.smooth.bound=joint",
-    "prune.smooth.projection=exact",
-    "prune.rectify.criterion=rate_and_len",
-    "prune.rectify.warmup=0",
-    "prune.rectify.max_share=1",
-]
 #: What SR has to mend.
 RANKINGS = {
     "default": [],
@@ -104,22 +96,23 @@ GRIDS: dict[str, Grid] = {
         for epochs in (2, 4, 8)
         for arm in ("single", "sp", "sr")
     },
-    "shares": {  # a fixed share to release, or what is worth more than what would go in its place
-        f"{name}: {arm}{', ' + words if words else ''}": (arm, [*ranking, *extra])
+    "shares": {  # SR by an exchange, against a fixed share, under rankings that leave much or little to mend
+        f"{name}: {words}": (arm, [*ranking, *extra])
         for name, ranking in RANKINGS.items()
-        for arm, words, extra in (
-            ("single", "", []),
-            ("sp", "", []),
-            ("sr", "worth", ["prune.rectify.criterion=worth", "prune.rectify.max_share=1"]),
+        for words, arm, extra in (
+            ("sp", "sp", []),
+            *(
+                (f"sr, margin {m}", "sr", ["prune.rectify.criterion=worth", f"prune.rectify.margin={m}"])
+                for m in (1, 4)
+            ),
             *(
                 (
+                    f"sr, {share:.0%}",
                     "sr",
-                    f"{share:.0%}",
                     ["prune.rectify.criterion=first_order", f"prune.rectify.max_share={share}"],
                 )
                 for share in (0.05, 0.15, 0.3)
             ),
-            ("sr", "paper", PAPER),
         )
     },
     "smooth": {

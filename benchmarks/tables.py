@@ -1,10 +1,10 @@
-"""Write docs/results.md and the README's table from the files in results/, or check that they are up to date.
+"""Write the pages with results from the files in results/, or check that they are up to date.
 
     python benchmarks/tables.py
     python benchmarks/tables.py --check      # writes nothing; exit code 1 where a page is stale
 
-No number on these pages is written by hand. A new file in results/ appears by itself; the README shows the comparisons
-called final-*.json, and digits.json as long as there are none.
+No number on these pages is written by hand. A new file in results/ appears by itself; the README shows those
+called crepe-*.json, or final-*.json, or digits.json. The pages are docs/results.md and docs/networks.md.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+import curve
+import network_tables
 
 from decay_pruning.errors import ConfigError
 from decay_pruning.lab import recipe as recipes
@@ -409,18 +412,24 @@ def used(root: Path, files: dict[Path, dict[str, Any]]) -> str:
 
 def _changes(now: dict[str, Any], then: dict[str, Any]) -> str:
     """Which settings of a result are not those of the recipe as it is now."""
+    rectify = then["prune"].get("rectify")
+    if rectify and "margin" not in rectify and rectify.get("t_rate") is rectify.get("t_len") is None:
+        rectify = {**rectify, "criterion": rectify["criterion"] or "first_order"}  # the default of its time
+        if rectify.get("max_share") == 0.05:
+            rectify["max_share"] = None
+        then = {**then, "prune": {**then["prune"], "rectify": rectify}}
     try:
         then = recipes.Recipe.from_dict(then).to_dict()
     except ConfigError:
         return ", with settings that are gone"
-    idle = {"name", "title", "device", "data.root", "data.workers", "report"}
+    idle = {"name", "title", "device", "data.root", "data.workers", "data.beside", "model.beside", "report"}
     keys = [text.partition(":")[0] for text in results.differences(then, now)]
     keys = [key for key in keys if not {key, key.partition(".")[0]} & idle]
     return f", with another {', '.join(f'`{key}`' for key in keys)}" if keys else ""
 
 
 def pages(root: Path) -> dict[Path, str]:
-    """What docs/results.md and README.md should hold."""
+    """What the pages should hold."""
     files = {path: json.loads(path.read_text("utf-8")) for path in sorted((root / "results").glob("*.json"))}
     found = {path: results.load(path) for path, values in files.items() if "runs" in values}
     final = {path: result for path, result in found.items() if path.name.startswith("final-")}
@@ -428,7 +437,8 @@ def pages(root: Path) -> dict[Path, str]:
     diagnoses = {path: values for path, values in files.items() if path.name.startswith("diagnose-")}
     reasons = {path: values for path, values in files.items() if path.name.startswith("causes-")}
     joint = {path: values for path, values in files.items() if path.name.startswith("together-")}
-    others = {*found, *searches, *diagnoses, *reasons, *joint}
+    networks = {path: values for path, values in files.items() if path.stem in ("coverage", "fuzz")}
+    others = {*found, *searches, *diagnoses, *reasons, *joint, *networks}
     costs = {path: values for path, values in files.items() if path not in others}
     parts = [HEAD, "## Comparisons", *(comparison(*each) for each in {**final, **found}.items())]
     parts += [SEARCHES, *(search(*each) for each in searches.items())]
@@ -442,10 +452,20 @@ def pages(root: Path) -> dict[Path, str]:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ConfigError(f"README.md has no lines {BEGIN} and {END}")
+    further = {root / "docs" / "networks.md": network_tables.page(networks, table, made)} if networks else {}
+    lengths = [root / "results" / f"crepe-{steps}.json" for steps in (250, 1000, 4000)]
+    longer = {path: found[path] for path in lengths if path in found}
     shown = final or {path: result for path, result in found.items() if path.name == "digits.json"}
+    if longer:
+        machine = where(next(iter(longer.values())).machine)
+        further[root / "docs" / "longer.svg"] = curve.picture(list(longer.values()))
+        table_of_readme = curve.first_screen(longer, table, link, machine)
+    else:
+        table_of_readme = summary(shown)
     return {
+        **further,
         root / "docs" / "results.md": "\n\n".join(part.strip() for part in parts) + "\n",
-        root / "README.md": f"{before}{BEGIN}\n{summary(shown)}\n{END}{after}",
+        root / "README.md": f"{before}{BEGIN}\n{table_of_readme}\n{END}{after}",
     }
 
 

@@ -40,12 +40,14 @@ def exchange_of(parts, fading=None):
 few = st.tuples(st.integers(0, 50).map(float), st.sampled_from([1.0, 2.0]))
 
 
-@given(st.lists(few, max_size=8), st.lists(st.lists(few, max_size=2), max_size=2))
-def test_the_fast_path_agrees_with_the_reference(decaying, parts):
+@given(
+    st.lists(few, max_size=8), st.lists(st.lists(few, max_size=2), max_size=2), st.sampled_from([1.0, 4.0])
+)
+def test_the_fast_path_agrees_with_the_reference(decaying, parts, margin):
     fast, fading = exchange_of(parts)
     keys = [("stream" if price == 1 else "hidden", i) for i, (_, price) in enumerate(decaying)]
-    rows, rest = fast.releases(keys, [worth for worth, _ in decaying], fading)
-    assert rows == reference.exchange(decaying, parts)
+    rows, rest = fast.releases(keys, [worth for worth, _ in decaying], fading, margin)
+    assert rows == reference.exchange(decaying, parts, margin)
     assert rest.spent == sum(decaying[i][1] for i in rows)
 
 
@@ -67,22 +69,22 @@ def test_what_fades_meanwhile_replaces_nothing():
     "host", [DepGraph(), DepGraph(scope="local"), DepGraph(per="macs"), DepGraph(importance="random")]
 )
 def test_a_release_pays(host):
-    """At the verdict, what stays is worth more than what would go, and nothing else could be gained by."""
+    """At the verdict, what stays is worth four times what would go, and nothing else could be gained by."""
     verdicts = []
     run = start(
         "residual", "depgraph", host=host, rectify=SelfRectifying.exchange(), smooth=SmoothPruning(steps=20)
     )
     releases = Exchange.releases
 
-    def noted(self, keys, worth, fading):
-        rows, rest = releases(self, keys, worth, fading)
+    def noted(self, keys, worth, fading, margin):
+        rows, rest = releases(self, keys, worth, fading, margin)
         values = dict(zip(self.batch.keys, self.worth.tolist(), strict=True))
         parts = [
             [(values[n, i], self.offer.price[n]) for n, ids in part.items() for i in ids]
             for part in self.offer.parts
         ]
         decaying = [(w, self.offer.price[n]) for w, (n, _) in zip(worth, keys, strict=True)]
-        verdicts.append((rows, reference.exchange(decaying, parts), self.seen, [keys[r] for r in rows]))
+        verdicts.append((rows, reference.exchange(decaying, parts, 4.0), self.seen, [keys[r] for r in rows]))
         return rows, rest
 
     with pytest.MonkeyPatch.context() as patch:

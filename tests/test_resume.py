@@ -27,7 +27,7 @@ def begin(host_name: str, optimizer: str, arm: str) -> Run:
     if arm != "worth":
         return start("residual", host_name, arm, optimizer=OPTIMIZERS[optimizer])
     worth = replace(
-        SelfRectifying.exchange(), warmup=0.0, judge_from=0.5, retries=1
+        SelfRectifying.exchange(margin=1.0), warmup=0.0, judge_from=0.5, retries=1
     )  # stopped between the offer and the verdict, too
     return start("residual", host_name, optimizer=OPTIMIZERS[optimizer], rectify=worth)
 
@@ -137,3 +137,14 @@ def test_fixed_weights():
     assert all(
         torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
     )
+
+
+def test_averages_of_one_criterion_are_not_read_as_those_of_another():
+    run = start("residual", "depgraph", rectify=SelfRectifying.paper())
+    while not run.pruner.progress().decaying:
+        run.step()
+    other = start("residual", "depgraph", rectify=SelfRectifying())
+    with pytest.raises(
+        ConfigError, match=r"SR had measured \['c_rate', 'c_len'\] there, and measures \['growth'"
+    ):
+        other.pruner.load_state_dict(run.pruner.state_dict())

@@ -157,7 +157,8 @@ def test_criteria():
     assert released(seen, t_rate=0, t_len=0, criterion="rate") == [True, True, False]
     assert released(seen, t_rate=0, t_len=0, criterion="len") == [True, False, True]
     assert released(seen, criterion="first_order") == [False, True, True]
-    assert released(seen) == [False, True, True], "without thresholds"
+    assert released(resistance(worth=first)) == [False, True, True], "without thresholds"
+    assert SelfRectifying().rule == SelfRectifying.exchange().rule
     assert released(seen, t_len=0.4) == [True, False, False], "with the usual T_rate"
     assert released(seen, criterion="rate_and_len") == released(seen, t_rate=0, t_len=1)
     assert SelfRectifying.paper().rule == SelfRectifying(criterion="rate_and_len").rule
@@ -166,6 +167,21 @@ def test_criteria():
     assert released(old, criterion="outward") == [True, True, False]
     assert released(old, criterion="regrowth") == [True, False, True]
     assert released(seen, criterion=lambda seen, settings: seen.first_order > 1) == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("rectify", "most"),
+    [
+        (SelfRectifying(), 40),
+        (SelfRectifying(max_share=0.5), 20),
+        (SelfRectifying(t_rate=0.1), 2),
+        (SelfRectifying(criterion="first_order"), 2),
+        (SelfRectifying.paper(), 40),
+    ],
+)
+def test_how_many_go_at_most(rectify, most):
+    """An exchange stops by itself; a fixed share needs a cap."""
+    assert rectify.most(40) == most
 
 
 def test_what_goes_first():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,8 @@ from decay_pruning.lab import results
 from decay_pruning.lab.stats import Difference
 
 ROOT = Path(__file__).parents[1]
-_spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
-assert _spec is not None and _spec.loader is not None
-tables: Any = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(tables)
+sys.path.append(str(ROOT / "benchmarks"))
+tables: Any = importlib.import_module("tables")
 
 
 @pytest.fixture

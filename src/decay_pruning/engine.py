@@ -203,8 +203,7 @@ class Engine:
         self.step += 1
         if self._fading is not None:
             self._fade(self._fading, reading if self._fading.batch is batch else None)
-        if self._holding is not None:
-            self._holding.zero_(self._parameters())
+        self.keep_zero()
         if self._driver is not None:
             self._driver.after_step()
 
@@ -276,7 +275,7 @@ class Engine:
             return
         new = self._batch(picks)
         norms = new.norms(self._parameters())
-        figures = 0 if self.rectify is None else len(self.rectify.figures)
+        figures = len(self._figures)
         fresh = Fading.of_pick(new, norms, self.step, steps, figures, rectified and steps > 1)
         self.counts.picked += new.slots
         self.counts.picked_again += sum(key in self._free_again for key in new.keys)
@@ -295,6 +294,11 @@ class Engine:
         if self._fading is not None:
             self._regroup([self._fading])
         self._emit("removed", keys, {})
+
+    def keep_zero(self) -> None:
+        """Zero what is held, after somebody else has moved the weights."""
+        if self._holding is not None:
+            self._holding.zero_(self._parameters())
 
     def let_go(self) -> None:
         """End everything: what decays stays as it is, and what is held at zero is free to grow again."""
@@ -364,6 +368,11 @@ class Engine:
 
     # -- saving ----------------------------------------------------------------------------------------------
 
+    @property
+    def _figures(self) -> list[str]:
+        """What SR averages of each decaying structure."""
+        return [] if self.rectify is None else list(self.rectify.figures)
+
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on bit for bit, in plain containers and tensors."""
         return {
@@ -374,6 +383,7 @@ class Engine:
             "pick_sizes": [[begun, *sizes] for begun, sizes in self._pick_sizes.items()],
             "free_again": [[name, index, free] for (name, index), free in self._free_again.items()],
             "fading": None if self._fading is None else self._fading.state_dict(),
+            "figures": self._figures,
             "kept": self._saved_weights(),
             "exchange": None if self._exchange is None else self._exchange.state_dict(),
         }
@@ -390,8 +400,13 @@ class Engine:
         self._holding = self._batch(self.held, Role) if self.held else None
         self._fading = None
         if state["fading"] is not None:
-            figures = 0 if self.rectify is None else len(self.rectify.figures)
-            self._fading = Fading.from_state(self._batch(state["fading"]["picks"]), state["fading"], figures)
+            if list(state.get("figures", self._figures)) != self._figures:
+                raise ConfigError(
+                    f"SR had measured {state['figures'] or 'nothing'} there, and measures "
+                    f"{self._figures or 'nothing'} here"
+                )
+            batch = self._batch(state["fading"]["picks"])
+            self._fading = Fading.from_state(batch, state["fading"], len(self._figures))
             if set(self.decaying) & set(as_keys(self.held)):
                 raise ConfigError("a structure both decays and is held")
             self._load_weights(self._fading.batch, state["kept"])
@@ -469,9 +484,11 @@ class Engine:
     def _exchanged(self, fading: Fading, candidates: Tensor, worth: Tensor) -> Tensor:
         """Those of the candidates that are worth more than what would go in their place."""
         chosen, mine = torch.zeros_like(candidates), candidates.nonzero().flatten()
-        if self._exchange is not None and mine.numel():
+        if self._exchange is not None and self.rectify is not None and mine.numel():
             keys = [fading.batch.keys[i] for i in mine.tolist()]
-            rows, self._exchange = self._exchange.releases(keys, worth[mine].tolist(), self.fading())
+            rows, self._exchange = self._exchange.releases(
+                keys, worth[mine].tolist(), self.fading(), self.rectify.margin
+            )
             chosen[mine[rows]] = True
         return chosen
 

@@ -3,7 +3,8 @@
 A structure that is released stays, and others have to go instead: the next in the host's ranking. That pays where what
 stays is worth more than what goes, at the same saving. Both are measured by gradients, on the same batches: the worth
 of a structure with weights x is the mean of ⟨g, x⟩² over steps (a squared first-order estimate, as in Molchanov et al.,
-CVPR 2019). What decays has lost a part of its norm; it is weighed at that of the pick.
+CVPR 2019). What decays has lost a part of its norm; it is weighed at that of the pick. A live structure is weighed in a
+network that still has most of what decays, and will have to carry more: hence a margin.
 """
 
 from __future__ import annotations
@@ -90,17 +91,18 @@ class Exchange:
         return replace(self, worth=self.worth + (now - self.worth) / seen, seen=seen)
 
     def releases(
-        self, keys: Sequence[Key], worth: Sequence[float], fading: Mapping[str, Tensor]
+        self, keys: Sequence[Key], worth: Sequence[float], fading: Mapping[str, Tensor], margin: float = 1.0
     ) -> tuple[list[int], Exchange]:
         """Which of these decaying structures stay, as rows of `keys`; and the exchange without what goes for them.
 
         They are taken by worth per price, the largest first, as many as gain the most: Σ worth of what stays, less
-        Σ worth of what has to go until the same price is saved.
+        `margin` · Σ worth of what has to go until the same price is saved.
 
         Args:
             keys: the decaying structures that are judged.
             worth: of each.
             fading: layer group → bool, parallel to its ids: what is on its way out, and no replacement any more.
+            margin: how many times as much as what goes in its place has to be worth what stays.
         """
         saved, paid = self._curve(fading)
         price = np.array([self.offer.price[name] for name, _ in keys])
@@ -108,7 +110,8 @@ class Exchange:
         order = np.argsort(-value / price, kind="stable")
         reach = self.spent + price[order].cumsum()
         possible = int(np.searchsorted(reach, saved[-1], side="right"))
-        gain = value[order].cumsum() - (np.interp(reach, saved, paid) - np.interp(self.spent, saved, paid))
+        lost = np.interp(reach, saved, paid) - np.interp(self.spent, saved, paid)
+        gain = value[order].cumsum() - margin * lost
         if not possible or gain[:possible].max() <= 0:
             return [], self
         count = int(gain[:possible].argmax()) + 1

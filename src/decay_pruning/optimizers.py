@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from decay_pruning import surgery
 from decay_pruning.errors import ConfigError, SurgeryError
@@ -32,6 +36,122 @@ def chain(optimizer: Any) -> list[Optimizer]:
             f"optimizer must be a torch.optim.Optimizer, or have one inside, not {type(optimizer).__name__}"
         )
     return found
+
+
+def given(optimizer: Any) -> list[Any]:
+    """The optimizers as the user gave them: one, or several.
+
+    Raises:
+        ConfigError: an empty list, or one optimizer twice.
+    """
+    several = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
+    if not several:
+        raise ConfigError("optimizer is an empty list: the pruner rides on the steps of at least one")
+    if len({id(each) for each in several}) < len(several):
+        raise ConfigError("the same optimizer is given twice")
+    return several
+
+
+#: Parameter → the pruner that will cut it.
+_CLAIMED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def check_free(parameters: Iterable[Tensor]) -> None:
+    """No pruner that is still at work has these parameters.
+
+    Raises:
+        ConfigError: one has.
+    """
+    parameters = list(parameters)
+    if _claimed(parameters):
+        gc.collect()  # it may hang on an optimizer that nobody has any more
+    if _claimed(parameters):
+        raise ConfigError(
+            "another pruner is at work on this model: call its finish() or cancel() first (cancel() leaves the model "
+            "as it is)"
+        )
+
+
+def _claimed(parameters: Iterable[Tensor]) -> bool:
+    return any(p in _CLAIMED and _CLAIMED[p]() is not None for p in parameters)
+
+
+def claim(parameters: Iterable[Tensor], pruner: Any) -> None:
+    """From now on, this pruner will cut these parameters."""
+    for p in parameters:
+        _CLAIMED[p] = weakref.ref(pruner)
+
+
+def let_go(pruner: Any) -> None:
+    """This pruner cuts nothing any more."""
+    for p in [p for p, owner in _CLAIMED.items() if owner() is pruner]:
+        del _CLAIMED[p]
+
+
+def links(model: nn.Module, names: Iterable[str]) -> list[tuple[Mapping[str, Any], str, Any, str]]:
+    """How these parameters hang on the model: where to look, by which name, for what, and its dotted name."""
+    found: dict[str, tuple[Mapping[str, Any], str, Any, str]] = {}
+    for name in names:
+        module, *path = model, *name.split(".")
+        for k, leaf in enumerate(path):
+            where = module._parameters if k == len(path) - 1 else module._modules
+            dotted = ".".join(path[: k + 1])
+            found.setdefault(dotted, (where, leaf, where[leaf], dotted))
+            module = where[leaf]  # type: ignore[assignment]
+    return list(found.values())
+
+
+class Others:
+    """Optimizers beside the one whose steps are counted: those that were given, and those that nobody spoke of.
+
+    Args:
+        known: all that were given.
+        counted: the one whose steps are counted.
+        parameters: what a removal cuts, by name.
+        after: called after a step of another one that was given.
+    """
+
+    def __init__(
+        self,
+        known: Iterable[Optimizer],
+        counted: Optimizer,
+        parameters: Mapping[str, Tensor],
+        after: Callable[[], None],
+    ) -> None:
+        known = list(known)
+        self._seen = weakref.WeakSet(known)
+        self._names = {id(p): name for name, p in parameters.items()}
+        others = [each for each in known if each is not counted]
+        self._handles = [each.register_step_post_hook(lambda *_: after()) for each in others]
+        me = weakref.ref(self)  # torch keeps this hook for ever: it must not keep the model
+
+        def look(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            if (alive := me()) is not None:
+                alive._look(optimizer)
+
+        self._handles.append(register_optimizer_step_pre_hook(look))
+        weakref.finalize(self, self._handles[-1].remove)
+
+    def detach(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _look(self, optimizer: Optimizer) -> None:
+        """Before the first step of any optimizer there is."""
+        if optimizer in self._seen:
+            return
+        names = [
+            self._names[id(p)] for g in optimizer.param_groups for p in g["params"] if id(p) in self._names
+        ]
+        if names:
+            raise ConfigError(
+                f"a {type(optimizer).__name__} that the pruner does not know trains {names[0]!r} of its model, and its "
+                "state would not be cut: give all optimizers, Pruner(model, inputs, [first, second], …), or call "
+                "pruner.cancel() before another one takes over"
+            )
+        self._seen.add(optimizer)
 
 
 def check(optimizers: Iterable[Optimizer], model: nn.Module) -> None:

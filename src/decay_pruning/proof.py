@@ -102,6 +102,27 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
+#: Device and dtype of a model's floating parameters; None where it has none.
+Where = tuple[torch.device, torch.dtype] | None
+
+
+def place_of(model: nn.Module) -> Where:
+    """Where the first floating parameter of a model is, and its dtype."""
+    return next(((p.device, p.dtype) for p in model.parameters() if p.is_floating_point()), None)
+
+
+def follow(example_inputs: Any, before: Where, now: Where) -> Any:
+    """The inputs of a model that was moved, or cast to another dtype, since they were made."""
+    if before is None or now is None or before == now:
+        return example_inputs
+
+    def moved(tensor: Tensor) -> Tensor:
+        tensor = tensor.to(now[0]) if tensor.device == before[0] else tensor
+        return tensor.to(now[1]) if tensor.dtype == before[1] else tensor
+
+    return mapped(example_inputs, moved)
+
+
 def copied(example_inputs: Any) -> Any:
     """Inputs that a forward pass may write to."""
     return mapped(example_inputs, lambda tensor: tensor.detach().clone())

@@ -11,13 +11,13 @@ import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from decay_pruning import copies, optimizers, surgery
+from decay_pruning import copies, optimizers, proof, surgery
 from decay_pruning.budget import Cost, CostModel, Target, as_target
 from decay_pruning.checks import Count, Whole, as_inputs, checked
 from decay_pruning.decay import SmoothPruning
@@ -36,6 +36,8 @@ logger = logging.getLogger("decay_pruning")
 _Smooth = Annotated[SmoothPruning | None, "SmoothPruning(), or None for its defaults"]
 _Rectify = Annotated[SelfRectifying | None, "SelfRectifying(), or None for never"]
 _OnEvent = Annotated[Callable[[Event], None] | None, "a function that takes an Event, or None"]
+#: When what has faded is cut.
+Removal = Literal["at once", "at finish"]
 _Also = Annotated[tuple[Any, ...], "a list of copies of the model"]
 #: Containers that pickers change in place.
 _PLAIN = (dict, list, set)
@@ -52,13 +54,17 @@ class Pruner:
         model: the model, unwrapped (no DDP, no compile wrapper). Its parameters keep their identity.
         example_inputs: a tensor, a tuple for `model(*inputs)`, or a dict for `model(**inputs)`, on the model's device.
             A batch of one is enough, and makes MACs comparable with papers.
-        optimizer: the optimizer of the training loop; any from `torch.optim`, or made like those.
+        optimizer: the optimizer of the training loop; any from `torch.optim`, or made like those. Where several train
+            the model (Muon beside AdamW, backbone beside head), a list of all: the state of each is cut, and the steps
+            of the first are counted.
         target: what is to be left. A bare float is the fraction of MACs.
         host: the method that picks; a function (scene, goal) → picks is one, too.
         smooth: how picked structures fade; `SmoothPruning.one_step()` prunes at once, as the host alone would.
         rectify: when picks are let go again, or None for never. The arms of a comparison differ by these two settings.
         total_steps: optimizer steps that the training will take from here; needed where N is a fraction.
         start: optimizer steps before the first pick (for sparse learning).
+        removal: "at once" cuts what has come to the end of its decay in that very step; "at finish" holds it at zero,
+            and `finish()` cuts everything in one go: no shape changes while training goes on.
         also: copies of the model that are cut along with it: averages of the weights, momentum encoders. torch's own
             `AveragedModel` need not be named; it follows when it is updated next.
         on_event: called with every `Event`.
@@ -73,7 +79,7 @@ class Pruner:
         self,
         model: nn.Module,
         example_inputs: Any,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         target: Target | float,
         *,
         host: Host | Callable[[Scene, Goal], Picks] | None = None,
@@ -81,6 +87,7 @@ class Pruner:
         rectify: SelfRectifying | None = None,
         total_steps: int | None = None,
         start: int = 0,
+        removal: Removal = "at once",
         also: Sequence[Any] = (),
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
@@ -91,17 +98,21 @@ class Pruner:
         self.rectify: SelfRectifying | None = checked(rectify, _Rectify, "rectify")
         self.start: int = checked(start, Count, "start")
         self.total_steps: int | None = checked(total_steps, Whole | None, "total_steps")
+        self.removal: Removal = checked(removal, Removal, "removal")
         on_event, example_inputs = checked(on_event, _OnEvent, "on_event"), as_inputs(example_inputs)
         self.example_inputs = example_inputs
-        self._chain = optimizers.chain(optimizer)
-        self._optimizer = self._chain[-1]
+        chains = [optimizers.chain(each) for each in optimizers.given(optimizer)]
+        self._chain = [each for chain in chains for each in chain]
+        self._place = proof.place_of(model)
+        self._optimizer = chains[0][-1]
+        self._parameters = dict(model.named_parameters())
         self._check(model)
         optimizers.check(self._chain, model)
+        optimizers.check_free(self._parameters.values())
         self._also = copies.given(checked(also, _Also, "also"), model)
 
         self.graph = self.host.graph(model, example_inputs)
         self.original: StructureSet = self.graph.structures
-        self._parameters = dict(model.named_parameters())
         self._costs = CostModel(model, example_inputs, self.original)
         self.before: Cost = self._costs.now
         self.engine = Engine(
@@ -119,6 +130,9 @@ class Pruner:
         self._still: list[surgery.Still] = []  # of the step that is being made
         self._check_state()
         self.engine.attach(self)
+        self._others = optimizers.Others(self._chain, self._optimizer, self._touched(), self.engine.keep_zero)
+        optimizers.claim(self._touched().values(), self)
+        self._links = optimizers.links(model, self._touched())
 
     # -- for the user ----------------------------------------------------------------------------------------
 
@@ -129,8 +143,8 @@ class Pruner:
 
     @property
     def done(self) -> bool:
-        """The target is met and nothing is decaying or waiting for its removal."""
-        return not self.engine.decaying and not self.engine.held and self._goal(1.0).met(self._costs.now)
+        """The target is met and nothing is decaying or waiting for its removal, other than that of `finish()`."""
+        return not self.engine.decaying and not self._waiting and self._goal(1.0).met(self._cost_left())
 
     def progress(self) -> Progress:
         """Where the pruner is; cheap."""
@@ -142,7 +156,7 @@ class Pruner:
             macs_start=self.before.macs,
             params_start=self.before.params,
             decaying=len(self.engine.decaying),
-            held=sum(len(ids) for ids in self.engine.held.values()),
+            held=_count(self.engine.held),
             released=self.engine.counts.released,
             removed=self.engine.counts.removed,
         )
@@ -178,8 +192,9 @@ class Pruner:
             self._force()
         if not self.done:
             raise BudgetError(self._how_far())
-        self.engine.detach()
-        self._picker.detach(self._scene())
+        if self.engine.held:
+            self._told(self._remove)
+        self._detach()
         return self.report()
 
     def cancel(self) -> PruningReport:
@@ -190,9 +205,20 @@ class Pruner:
         """
         self._given_up = self._given_up or "it was cancelled"
         self.engine.let_go()
-        self.engine.detach()
-        self._picker.detach(self._scene())
+        self._detach()
         return self.report()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ConfigError(
+            "a pruner cannot be copied or pickled, since it rides on the hooks of its optimizer: save "
+            "pruner.state_dict(), and load it into a pruner on a copy of the original model"
+        )
+
+    def _detach(self) -> None:
+        optimizers.let_go(self)
+        self.engine.detach()
+        self._others.detach()
+        self._picker.detach(self._scene())
 
     def report(self) -> PruningReport:
         """What has been done so far."""
@@ -281,7 +307,7 @@ class Pruner:
                 copies.prune_like(each, self.model)
         structures = self.original.without(state["removed"])
         self.engine.structures = structures
-        self._costs = CostModel(self.model, self.example_inputs, structures)
+        self._costs = CostModel(self.model, self._inputs(), structures)
         self.before = Cost(**state["before"])
         self._round = checked(state["round"], Count, "round")
         self._due = checked(state["due"], Count, "due")
@@ -293,9 +319,10 @@ class Pruner:
 
     def before_step(self) -> None:
         """Pick, when it is time; hosts that time themselves pick in `moved`."""
-        idle = not self.engine.decaying and not self.engine.held
+        self._check_parameters()
+        idle = not self.engine.decaying and not self._waiting
         due = bool(self.host.rounds) and self.engine.step >= self._due
-        if idle and due and not self._goal(1.0).met(self._costs.now):
+        if idle and due and not self._goal(1.0).met(self._cost_left()):
             self._pick()
 
     def add_gradients(self, scale: Tensor | None) -> None:
@@ -325,12 +352,14 @@ class Pruner:
 
     def after_step(self) -> None:
         """Remove what has come to the end of its decay, when the host agrees."""
-        if self.engine.step - self._attached_at == 1:
+        if self.engine.step - self._attached_at in (1, 2):  # others may step after the one that is counted
             self._check_state()
-        if self.engine.held or self._goal(1.0).met(self._costs.now):
+        if self._waiting or self._goal(1.0).met(self._costs.now):
             self._still.append(surgery.Still([self.model, *self._also], self._chain))
-        if self.engine.held and self._picker.may_remove(self._scene()):
+        if self._waiting and self._picker.may_remove(self._scene()):
             self._remove()
+            self._due = self.engine.step + self.host.interval
+        if self.removal == "at finish" and self.engine.decaying:
             self._due = self.engine.step + self.host.interval
         self._picker.after_step(self._scene())
 
@@ -369,6 +398,11 @@ class Pruner:
         self.cancel()
         logger.warning("pruning is given up at step %d: %s", self.engine.step, error)
 
+    @property
+    def _waiting(self) -> bool:
+        """Whether something is to be removed as soon as the host agrees."""
+        return bool(self.engine.held) and self.removal == "at once"
+
     def _wanting(self) -> bool:
         """Whether more has to be picked: training has come to `start`, and what is fading does not meet the target."""
         return self.engine.step >= self.start and not self._goal(1.0).met(self._cost_left())
@@ -389,7 +423,7 @@ class Pruner:
         retries = self.rectify.retries if self.rectify is not None else 0
         goal = self._goal(min(1.0, (self._round + 1) / self.host.rounds))
         self._round += 1
-        if goal.met(self._costs.now):  # an earlier round overshot this one's part of the way
+        if goal.met(self._cost_left()):  # an earlier round overshot this one's part of the way
             return
         if extra > retries + _EXTRA_ROUNDS:
             raise BudgetError(f"the host's picks do not lead to the target. {self._how_far()}")
@@ -422,19 +456,26 @@ class Pruner:
             self.model,
             self.structures,
             self.engine.held,
-            example_inputs=self.example_inputs,
+            example_inputs=self._inputs(),
             optimizer=self._chain,
         )
         for each in self._also:
             copies.prune_like(each, self.model)
         copies.let_averages_follow(self.model)
         self.engine.removed(left)
-        self._costs = CostModel(self.model, self.example_inputs, left)
+        self._costs = CostModel(self.model, self._inputs(), left)
         self._finished_at = self.engine.step
 
+    def _inputs(self) -> Any:
+        """The example inputs, where and in which dtype the model is by now."""
+        return proof.follow(self.example_inputs, self._place, proof.place_of(self.model))
+
     def _force(self) -> None:
+        self._told(self._remove_the_rest)
+
+    def _told(self, work: Callable[[], None]) -> None:
         try:
-            self._remove_the_rest()
+            work()
         finally:
             self.engine.tell()
 
@@ -479,7 +520,7 @@ class Pruner:
             total=self.total_steps,
             goal=self._goal(1.0),
             decaying=len(self.engine.decaying),
-            held=sum(len(ids) for ids in self.engine.held.values()),
+            held=_count(self.engine.held) if self._waiting else 0,
             find_eligible=self.engine.eligible,
             find_fading=self.engine.fading,
             find_wanting=self._wanting,
@@ -487,7 +528,8 @@ class Pruner:
         )
 
     def _how_far(self) -> str:
-        now, before = (getattr(c, self.target.of) for c in (self._costs.now, self.before))
+        left = self._costs.now if self.removal == "at once" else self._cost_left()
+        now, before = (getattr(c, self.target.of) for c in (left, self.before))
         share = f"{100 * now / before:.1f} % of {self.target.of} are left, the target is {100 * self.target.keep:.1f} %"
         if self.engine.decaying:
             return (
@@ -498,9 +540,21 @@ class Pruner:
 
     def _check_state(self) -> None:
         """Optimizer state that cannot be cut is said before anything fades."""
+        optimizers.check_state(self._chain, self._touched())
+
+    def _check_parameters(self) -> None:
+        """The model still has the parameters that the pruner was built with."""
+        for names, leaf, thing, name in self._links:
+            if names.get(leaf) is not thing:
+                raise ConfigError(
+                    f"{name!r} is not what it was when the pruner was built (a layer or weight was replaced, or the "
+                    "model moved in a way that makes new ones): build another pruner"
+                )
+
+    def _touched(self) -> dict[str, Tensor]:
+        """The parameters that a removal cuts."""
         touched = {c.tensor for group in self.structures.groups.values() for c in group.couplings}
-        mine = {name: p for name, p in self._parameters.items() if name in touched}
-        optimizers.check_state(self._chain, mine)
+        return {name: p for name, p in self._parameters.items() if name in touched}
 
     def _check(self, model: nn.Module) -> None:
         if isinstance(self.smooth.steps, float) and self.total_steps is None:

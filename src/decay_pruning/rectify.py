@@ -62,8 +62,8 @@ class SelfRectifying:
         t_rate: T_rate; None for 0 (whatever goes outward) with C_rate, 0.02 with "outward".
         t_len: T_len; None for 1 (more than its neighbours) with C_len, 0.01 with "regrowth".
         criterion: a name in `CRITERIA`, or any `Criterion`. None for the paper's two thresholds, "rate_and_len", where
-            one of them is given, and otherwise for "first_order", which knows most of what removal costs
-            (docs/rectifying.md). A function of your own gets every figure of `Resistance`.
+            one of them is given, and otherwise for "worth": what stays is worth more than what the host would take
+            instead (see `decay_pruning.exchange`). A function of your own gets every figure of `Resistance`.
         average: None for the plain mean over the decay so far, or the factor β in (0, 1) of an exponential average
             (bias-corrected).
         warmup: share of the decay, in [0, 1), whose gradients are not averaged.
@@ -71,9 +71,11 @@ class SelfRectifying:
             The last step never judges.
         max_share: the largest share of one pick that is released, in (0, 1], and at least one structure. Those with the
             largest figure go first, under thresholds those with the largest C_len (or whatever stands in its place).
+            None for 0.05, and for 1 under "worth".
         cooldown: for how many later picks a released structure is not picked again.
         retries: how often the host may pick others in place of released ones with rectifying on. One more
             round, without rectifying, meets the target for sure.
+        margin: under "worth", how many times as much as what would go in its place a structure must be worth to stay.
         rate_per: what C_rate is a share of: "step", so that it is between −1 and 1, or "decay", the length that the
             decay takes in one step.
 
@@ -87,9 +89,10 @@ class SelfRectifying:
     average: Annotated[float, above(0, below=1)] | None = None
     warmup: Share = 0.1
     judge_from: Share = 0.25
-    max_share: Annotated[float, above(0, most=1)] = 0.05
+    max_share: Annotated[float, above(0, most=1)] | None = None
     cooldown: Count = 1
     retries: Count = 0
+    margin: Annotated[float, above(0)] = 4.0
     rate_per: Literal["step", "decay"] = "step"
 
     def __post_init__(self) -> None:
@@ -120,13 +123,13 @@ class SelfRectifying:
         return cls(t_rate, t_len, "rate_and_len", warmup=0.0, max_share=1.0, rate_per=rate_per)
 
     @classmethod
-    def exchange(cls) -> SelfRectifying:
-        """Release what is worth more, per unit of the target, than what the host would take in its place.
+    def exchange(cls, margin: float = 4.0) -> SelfRectifying:
+        """The default, by name: release what is worth `margin` times what the host would take in its place.
 
-        No share has to be guessed; see `decay_pruning.exchange`. Whether it pays depends on the host's ranking
-        (docs/how-to-choose.md).
+        Both per unit of the target. No share has to be guessed; see `decay_pruning.exchange`. How `margin` was found:
+        docs/how-to-choose.md.
         """
-        return cls(criterion="worth", max_share=1.0)
+        return cls(criterion="worth", margin=margin)
 
     @property
     def rule(self) -> Rule | None:
@@ -142,7 +145,7 @@ class SelfRectifying:
     @property
     def _chosen(self) -> Rule | Criterion:
         given = self.t_rate is not None or self.t_len is not None
-        criterion = self.criterion or ("rate_and_len" if given else "first_order")
+        criterion = self.criterion or ("rate_and_len" if given else "worth")
         return CRITERIA[criterion] if isinstance(criterion, str) else criterion
 
     @property
@@ -184,7 +187,8 @@ class SelfRectifying:
 
     def most(self, picked: int) -> int:
         """How many of `picked` structures can be released."""
-        return max(1, int(self.max_share * picked))
+        share = self.max_share or (1.0 if self.exchanges else 0.05)
+        return max(1, int(share * picked))
 
     def strength(self, seen: Resistance) -> Tensor:
         """How strongly each structure asks to be released, shape (slots,); −∞ where it does not.

@@ -116,7 +116,7 @@ def after_step(s: Decaying, parameters: Mapping[str, Tensor]) -> None:
 Worth = tuple[float, float]
 
 
-def exchange(decaying: Sequence[Worth], offer: Sequence[Sequence[Worth]]) -> list[int]:
+def exchange(decaying: Sequence[Worth], offer: Sequence[Sequence[Worth]], margin: float = 1.0) -> list[int]:
     """SR by worth: which decaying structures stay, given what the host would take next, in parts of equal rank."""
     order = sorted(range(len(decaying)), key=lambda i: -decaying[i][0] / decaying[i][1])
     best, most = 0, 0.0
@@ -128,7 +128,7 @@ def exchange(decaying: Sequence[Worth], offer: Sequence[Sequence[Worth]]) -> lis
             share = min(1.0, missing / price) if price else 0.0
             paid += share * sum(worth for worth, _ in part)
             missing -= share * price
-        gain = sum(worth for worth, _ in kept) - paid
+        gain = sum(worth for worth, _ in kept) - margin * paid
         if missing <= 0 and gain > most:
             best, most = count, gain
     return order[:best]

@@ -196,11 +196,7 @@ def _union(value: Any, options: tuple[Any, ...], key: str) -> Any:
     sections = [o for o in options if is_dataclass(o)]
     if type(None) in options:
         a_choice = any("none" in typing.get_args(o) for o in options)  # "none" is a value of its own there
-        if (
-            value is None
-            or (value == "none" and not a_choice)
-            or (value is False and bool not in options)
-        ):
+        if value is None or (value == "none" and not a_choice) or (value is False and bool not in options):
             return None
         if value is True and sections:
             return build(cast(type, sections[0]), {}, at=key)
