@@ -277,3 +277,24 @@ def cosine() -> Made:
         w=nn.Parameter(torch.randn(5, 6)),
         out=nn.Linear(5, 2),
     ), image(3, 4)
+
+
+class Orthogonal(nn.Module):
+    """Ten steps of Newton and Schulz, each of three products of the last one."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        w = w / w.norm()
+        for _ in range(10):
+            gram = w.T @ w
+            w = 1.5 * w - 0.5 * w @ gram
+        return w
+
+
+@kind(
+    "parametrization: made orthogonal step by step",
+    {"0": 6, "1": 5, "2": 4},
+)
+def orthogonal() -> Made:
+    a = nn.Linear(6, 5)
+    parametrize.register_parametrization(a, "weight", Orthogonal())
+    return nn.Sequential(nn.Linear(4, 6), a, nn.Linear(5, 4), nn.Linear(4, 2)), image(3, 4)

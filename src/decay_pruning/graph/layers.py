@@ -223,7 +223,7 @@ def describe(trace: Trace) -> None:
 
 def _directions(trace: Trace) -> None:
     """What a weight is divided by is cut and never zeroed: rows of zeros have no norm. Their lengths decay instead."""
-    for names, lengths, divisor in trace.directions:
+    for (names, lengths), divisor in trace.directions.items():
         rows = _atoms(divisor)
         if lengths is not None:
             scales = [dim for dim in trace.dims.values() if dim.place[0] in lengths & trace.parameters.keys()]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from decay_pruning.graph.trace import Trace
 
 
+#: Names of parameters → axes of what was made of them and divides something.
+Divisors = dict[frozenset[str], Axes]
+
+
 @dataclass
 class _Value:
     """What is known of one tensor of a run."""
@@ -47,7 +51,7 @@ class _Value:
     base: _Value | None = None
     derived: bool = False  # from parameters and buffers alone
     parameter: str | None = None
-    divisors: tuple[_Value, ...] = ()  # what it was divided by, derived as well
+    divisors: Divisors = field(default_factory=dict)  # what it was divided by, derived as well
 
     def names(self) -> set[str]:
         """The parameters and buffers that a derived value comes from."""
@@ -171,19 +175,23 @@ class Run(TorchDispatchMode):
             value = self.see(tensor, axes)
             value.parents, value.derived = inputs, derived
             value.base = inputs[0] if aliases and inputs else None
-            value.divisors = divisors if derived else ()
+            value.divisors = divisors if derived else {}
 
-    def _divisors(self, op: Op, inputs: Sequence[_Value]) -> tuple[_Value, ...]:
+    def _divisors(self, op: Op, inputs: Sequence[_Value]) -> Divisors:
         """Weights that this divides by. Noted where the quotient, or the divisor itself, meets an activation."""
-        own = tuple(self.value(t) for t in _divisor(op))
-        before = tuple(d for v in inputs for d in v.divisors)
-        if not all(v.derived for v in inputs):
+        before: Divisors = {}
+        for value in inputs:
+            before = {**value.divisors, **before}
+        divisors = [value for t in _divisor(op) if (value := self.value(t)).derived]
+        own: Divisors = {frozenset(value.names()): value.axes for value in divisors}
+        if not all(value.derived for value in inputs):
             for value in inputs:
-                if value.divisors:
-                    rest = value.names() - {name for d in value.divisors for name in d.names()}
-                    self.trace.directions += [(d.names(), rest, d.axes) for d in value.divisors]
-            self.trace.directions += [(d.names(), None, d.axes) for d in own if d.derived]
-        return (*before, *own)
+                rest = frozenset(value.names()).difference(*value.divisors) if value.divisors else None
+                for names, axes in value.divisors.items():
+                    self.trace.directions.setdefault((names, rest), axes)
+            for names, axes in own.items():
+                self.trace.directions.setdefault((names, None), axes)
+        return {**before, **own}
 
     def finish(self, output: Any) -> None:
         """Outputs keep their shape; what leads to them is alive."""

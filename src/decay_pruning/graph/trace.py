@@ -72,8 +72,8 @@ class Trace:
         calls: layer → axes of its first input and first output.
         integers: own module → the integers and tuples on it that a run has read.
         standardised: names of modules that normalise their own weight.
-        directions: names of what weights are divided by, axes of the divisor, and names of what scales them beside
-            (None where the model divides something else).
+        directions: names of what weights are divided by, and of what scales them beside (None where the model divides
+            something else) → axes of the divisor.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -90,7 +90,7 @@ class Trace:
         self.silence = ""
         self.integers: dict[str, dict[str, Any]] = {}
         self.standardised: set[str] = set()
-        self.directions: list[tuple[set[str], set[str] | None, Axes]] = []
+        self.directions: dict[tuple[frozenset[str], frozenset[str] | None], Axes] = {}
         self._of_axis: dict[int, Dim] = {}
         self._tensors: dict[int, tuple[str, Axes]] = {}
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

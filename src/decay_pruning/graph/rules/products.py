@@ -15,6 +15,7 @@ from decay_pruning.graph.axes import (
     Reason,
     divide,
     factors,
+    find,
     fix,
     is_fixed,
     leaves,
@@ -32,8 +33,9 @@ def multiply(op: Op, a: Axes, b: Axes) -> Axes:
     apart = op.derived and not op.trace.is_layer(
         b
     )  # both are weights, and so is what comes out: its use will show
-    op.role(a[-1], Role.COLUMN if apart or not op.derived else Role.ROW)
-    op.role(b[0], Role.ROW if apart else Role.COLUMN)
+    if not apart or find(a[-1]) is not find(b[0]):  # a weight times itself says nothing of its rows
+        op.role(a[-1], Role.COLUMN if apart or not op.derived else Role.ROW)
+        op.role(b[0], Role.ROW if apart else Role.COLUMN)
     op.tie(a[-1], b[0])
     out = [*a[:-1], *b[1:]]
     for axis in out if not apart else ():
