@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decay_pruning import measure, proof, surgery
+from decay_pruning import Pruner, SmoothPruning, Target, load, measure, proof, save, surgery
 from decay_pruning.errors import GraphError
 from decay_pruning.graph import Graph
 from decay_pruning.graph._reasons import OUTPUT
@@ -209,3 +210,38 @@ def test_flexible_attention_is_attention() -> None:
     model = Net(run, **{name: nn.Linear(6, 12) for name in "qkv"}, out=nn.Linear(12, 2))
     structures = Graph(model, torch.randn(2, 5, 6)).structures
     assert {name: len(group) for name, group in structures.groups.items()} == {"q": 3}
+
+
+#: A few whose weights are computed, or that carry numbers of their own.
+TRAINED = (
+    *(
+        "Mamba",
+        "own linear",
+        "three factors",
+        "DoRA",
+        "weight norm",
+        "experts: a list",
+        "flat table",
+        "TorchScript",
+    ),
+    *("split attention", "parametrization", "masks", "three widths", "(T5)", "forward writes"),
+)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, k in KINDS.items() if k.groups and any(each in n for each in TRAINED)]
+)
+def test_training_goes_on_and_the_file_comes_back(name: str, tmp_path: Path) -> None:
+    (model, x), (fresh, _) = built(KINDS[name]), built(KINDS[name])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    pruner = Pruner(model, x, optimizer, Target(structures=0.6), smooth=SmoothPruning(steps=2), total_steps=6)
+    for _ in range(6):
+        model.train()
+        optimizer.zero_grad()
+        sum(leaf.square().mean() for leaf in proof.leaves(proof.call(model, proof.copied(x)))).backward()  # type: ignore[union-attr]
+        optimizer.step()
+    pruner.finish()
+    save(model, tmp_path / "model.safetensors")
+    load(fresh, tmp_path / "model.safetensors")
+    for a, b in zip(outputs(model, x, False), outputs(fresh, x, False), strict=True):
+        assert torch.equal(a, b)

@@ -111,9 +111,8 @@ def _check_places(view: View, meta: Mapping[str, Any], wanted: str, path: str | 
     Raises:
         ManifestError: they are not, or do not.
     """
-    cut = _owners(
-        row["tensor"] for row in meta["kept"] if row["tensor"].rpartition(".")[2] not in widths.ATTRIBUTES
-    )
+    known = meta["tensors"].keys() | meta["aliases"].keys()
+    cut = _owners(row["tensor"] for row in meta["kept"] if row["tensor"] in known)
     filled = _owners(meta["tensors"])
     for row in meta["kept"]:
         name = row["tensor"]
@@ -122,8 +121,8 @@ def _check_places(view: View, meta: Mapping[str, Any], wanted: str, path: str | 
             module, leaf = surgery.parent(view.model, place[0])
             if surgery.registered(view.model, place[0]) is None:
                 owner = name.rpartition(".")[0]
-                is_width = leaf in widths.ATTRIBUTES and leaf in module.__dict__
-                if not is_width or (owner in filled and owner not in cut):
+                beside = owner in cut or (leaf in widths.ATTRIBUTES and owner not in filled)
+                if not widths.is_width(module, leaf) or not beside:
                     raise ManifestError(f"{path} would set {name!r}, which is no width that a removal cuts")
             size = surgery.size_of(view.model, place)
             surgery.check_positions(place, torch.tensor(row["kept"], dtype=torch.int64), row["original"])

@@ -9,15 +9,25 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-#: Attributes of modules that stand for a width. Nothing else on a module is ever set from a file.
+#: Attributes of torch's modules that stand for a width. Of these, nothing else is ever set from a file.
 ATTRIBUTES = frozenset(
     {
         *("in_channels", "out_channels", "groups", "in_features", "out_features"),
         *("num_features", "normalized_shape", "num_channels", "num_groups", "num_parameters"),
         *("embedding_dim", "embed_dim", "kdim", "vdim", "num_heads", "head_dim"),
-        *("input_size", "hidden_size", "proj_size"),
+        *("input_size", "hidden_size", "proj_size", "in1_features", "in2_features"),
     }
 )
+
+
+def is_width(module: nn.Module, leaf: str) -> bool:
+    """Whether an attribute can stand for a width: a known one of torch's, or a whole number (or some) of a user's own."""
+    value = vars(module).get(leaf)
+    if leaf in ATTRIBUTES:
+        return value is not None
+    own = not type(module).__module__.startswith("torch.") and not leaf.startswith("_")
+    numbers = value if isinstance(value, tuple) else (value,)
+    return own and leaf != "training" and all(type(number) is int for number in numbers)
 
 
 def problem(
@@ -73,6 +83,9 @@ def _shapes(module: nn.Module, number: Callable[[str], Any]) -> dict[str, tuple[
         return dict.fromkeys(("weight", "bias"), tuple(number("normalized_shape")))
     if isinstance(module, nn.GroupNorm):
         return dict.fromkeys(("weight", "bias"), (number("num_channels"),))
+    if isinstance(module, nn.Bilinear):
+        out, *rest = (number(leaf) for leaf in ("out_features", "in1_features", "in2_features"))
+        return {"weight": (out, *rest), "bias": (out,)}
     if isinstance(module, nn.PReLU):
         return {"weight": (number("num_parameters"),)}
     if isinstance(module, nn.Embedding):
