@@ -19,6 +19,7 @@ _OF_TORCH = frozenset(vars(nn.Module()))
 _PLAIN = frozenset({int, float, str, bool, complex, type(None), torch.dtype, torch.device, torch.Size})
 _NO_STATE = Tensor | nn.Module | type | FunctionType | MethodType | ModuleType
 _DEPTH = 3
+_MANY = 1000
 
 
 def contents(modules: Iterable[nn.Module]) -> Callable[[], None]:
@@ -35,10 +36,12 @@ def contents(modules: Iterable[nn.Module]) -> Callable[[], None]:
             undo.append(partial(_set_state, value, value.get_state()))
         elif isinstance(value, tuple):
             inside = value
+        elif isinstance(value, list) and len(value) > _MANY:  # a data set, not what a forward pass keeps
+            undo.append(partial(_shorten, value, len(value)))
         elif isinstance(value, list | deque | set):
             inside = list(value)
             undo.append(partial(_refill, value, inside))
-        elif isinstance(value, dict) or hasattr(value, "__dict__"):
+        elif isinstance(value, dict) or (depth < _DEPTH and hasattr(value, "__dict__")):
             mine = value if isinstance(value, dict) else vars(value)
             inside = mine.values()
             undo.append(partial(_fill, mine, dict(mine)))
@@ -73,6 +76,10 @@ def _refill(value: Any, old: Sequence[Any]) -> None:
     if len(value) != len(old) or any(a is not b for a, b in zip(value, old, strict=True)):
         value.clear()
         (value.update if isinstance(value, set) else value.extend)(old)
+
+
+def _shorten(value: list[Any], length: int) -> None:
+    del value[length:]
 
 
 def _set_state(generator: torch.Generator, state: Tensor) -> None:

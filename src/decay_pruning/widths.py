@@ -21,7 +21,7 @@ ATTRIBUTES = frozenset(
 
 
 def is_width(module: nn.Module, leaf: str) -> bool:
-    """Whether an attribute can stand for a width: a known one of torch's, or a whole number (or some) of a user's own."""
+    """Whether an attribute can stand for a width: a known one of torch's, or whole numbers on a user's own module."""
     value = vars(module).get(leaf)
     if leaf in ATTRIBUTES:
         return value is not None
