@@ -164,13 +164,15 @@ class Run(TorchDispatchMode):
         for tensor, axes in zip(op.outputs, found, strict=True):
             if mutates and any(tensor is t for t in op.inputs):
                 value = self.value(tensor)
+                value.divisors = divisors if derived else {}
                 value.parents += [v for v in inputs if v is not value]
+                value.derived &= derived
                 if torch.Tag.inplace_view in getattr(op.function, "tags", ()):  # transpose_, squeeze_
                     value.axes = axes
                 while value.base is not None:
                     value = value.base
                     value.parents += [v for v in inputs if v is not value]
-                value.divisors = divisors if derived else value.divisors
+                    value.derived &= derived
                 continue
             value = self.see(tensor, axes)
             value.parents, value.derived = inputs, derived
