@@ -151,7 +151,7 @@ def lookup(model: nn.Module, name: str) -> Any:
 
 
 def size_of(model: nn.Module, place: Place) -> int:
-    """Current size of a place: a tensor's extent, an element of a tuple, or the integer itself.
+    """Current size of a place: a tensor's extent, an element of a tuple or list, or the integer itself.
 
     Raises:
         SurgeryError: the place does not exist or holds something else.
@@ -161,7 +161,7 @@ def size_of(model: nn.Module, place: Place) -> int:
     if isinstance(thing, int) and not isinstance(thing, bool) and dim == 0:
         return thing
     shape = thing.shape if isinstance(thing, Tensor) else thing
-    if isinstance(shape, tuple) and 0 <= dim < len(shape):
+    if isinstance(shape, tuple | list) and 0 <= dim < len(shape) and isinstance(shape[dim], int):
         return int(shape[dim])
     raise SurgeryError(f"{name!r} has no dimension {dim} to cut (it is a {type(thing).__name__})")
 
@@ -446,10 +446,11 @@ def _attribute_setter(module: nn.Module, leaf: str, value: Any) -> Callable[[], 
     return lambda: setattr(module, leaf, value)
 
 
-def _shorter(value: int | tuple[int, ...], dims: Mapping[int, Tensor]) -> int | tuple[int, ...]:
+def _shorter(value: Any, dims: Mapping[int, Tensor]) -> Any:
     if isinstance(value, int):
         return dims[0].numel()
-    return tuple(dims[i].numel() if i in dims else n for i, n in enumerate(value))
+    new = [dims[i].numel() if i in dims else n for i, n in enumerate(value)]
+    return new if isinstance(value, list) else tuple(new)
 
 
 # ------------------------------------------------------------------------------------------------ zeroing

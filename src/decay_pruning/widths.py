@@ -26,7 +26,7 @@ def is_width(module: nn.Module, leaf: str) -> bool:
     if leaf in ATTRIBUTES:
         return value is not None
     own = not type(module).__module__.startswith("torch.") and not leaf.startswith("_")
-    numbers = value if isinstance(value, tuple) else (value,)
+    numbers = value if isinstance(value, tuple | list) else (value,)
     return own and leaf != "training" and all(type(number) is int for number in numbers)
 
 

@@ -469,3 +469,20 @@ def turned() -> Made:
         b=nn.Linear(6, 5),
         out=nn.Linear(5, 2),
     ), image(2, 4, 4, 3)
+
+
+@kind(
+    "numbers in a list on the module: three parts of which two are added", {"f": 5, "f[10:]": 3, "enter": 7}
+)
+def listed_parts() -> Made:
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sizes = [5, 5, 3]
+            self.enter, self.f, self.out = nn.Conv1d(3, 7, 1), nn.Conv1d(7, 13, 1), nn.Conv1d(8, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b, c = self.f(self.enter(x)).split(self.sizes, 1)
+            return self.out(torch.cat([a * b.sigmoid(), c.relu()], 1))
+
+    return Parts(), image(2, 3, 6)

@@ -29,7 +29,7 @@ _NUMBERLESS = nn.Module | torch.Tensor | type
 
 @contextmanager
 def reads(trace: Trace) -> Iterator[None]:
-    """Note which integers (and tuples) on a user's own modules the code reads.
+    """Note which integers (and tuples and lists) on a user's own modules the code reads.
 
     For that they are not where Python looks first, so that it asks `nn.Module.__getattr__` for them.
     """
@@ -46,7 +46,7 @@ def reads(trace: Trace) -> Iterator[None]:
     for module in trace.modules:
         if not _of_torch(module):
             own = vars(module)
-            mine = {k: v for k, v in own.items() if type(v) in (int, tuple) and not hasattr(type(module), k)}
+            mine = {k: v for k, v in own.items() if type(v) in (int, tuple, list) and not hasattr(type(module), k)}
             hidden[id(module)] = mine
             for leaf in mine:
                 del own[leaf]
@@ -160,9 +160,9 @@ def _parts(axis: Axis) -> Iterator[Axis]:
 
 
 def _integers(values: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
-    """Integers that can be a width, also those in tuples."""
+    """Integers that can be a width, also those in tuples and lists."""
     for leaf, value in values.items():
-        for d, each in enumerate(value if isinstance(value, tuple) else (value,)):
+        for d, each in enumerate(value if isinstance(value, tuple | list) else (value,)):
             if isinstance(each, int) and not isinstance(each, bool) and each > 1:
                 yield leaf, d, each
 
