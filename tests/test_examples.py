@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -16,6 +18,22 @@ def test_own_loop(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "MACs" in done.stdout and "pruned:" in done.stdout
     assert (tmp_path / "digits-pruned.safetensors").stat().st_size > 0
+
+
+@pytest.mark.parametrize("name", ["two_optimizers", "mixed_precision", "closure", "cut_at_the_end", "resume"])
+def test_loops(tmp_path, name):
+    """Each ends with at most half of the MACs, and far above chance."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(ROOT / "examples" / f"{name}.py")],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    macs = re.search(r"MACs +([\d,]+) -> ([\d,]+)", done.stdout)
+    assert macs, done.stdout
+    before, after = (int(figure.replace(",", "")) for figure in macs.groups())
+    assert after <= 0.5 * before
+    reached = [float(figure) for figure in re.findall(r"([\d.]+) %(?:$|,)", done.stdout.splitlines()[-1])]
+    assert reached and min(reached) > 80, done.stdout
 
 
 def anchors(page: Path) -> set[str]:

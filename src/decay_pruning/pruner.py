@@ -41,6 +41,8 @@ Removal = Literal["at once", "at finish"]
 _Also = Annotated[tuple[Any, ...], "a list of copies of the model"]
 #: Containers that pickers change in place.
 _PLAIN = (dict, list, set)
+#: Below this share of its structures a layer group is close to nothing.
+_NARROW = 0.05
 #: Rounds after which picks that do not lead to the target are an error.
 _EXTRA_ROUNDS = 20
 #: What is asked for in place of released structures: shares of what the target leaves, each beyond the one before.
@@ -448,8 +450,18 @@ class Pruner:
     def _check_widths(self, picks: Picks) -> None:
         for name, ids in picks.items():
             group = self.structures.groups.get(name)
-            if group is not None and len(set(ids)) >= len(group):
+            if group is None:
+                continue
+            left, whole = len(group) - len(set(ids)), len(self.original.groups[name])
+            if left <= 0:
                 raise ConfigError(f"the host picked all {len(group)} structures of {name!r}; one has to stay")
+            if left < _NARROW * whole:
+                logger.warning(
+                    "%r keeps only %d of %d structures; with min_kept=0.1 the host leaves a tenth of every layer group",
+                    name,
+                    left,
+                    whole,
+                )
 
     def _remove(self) -> None:
         left = surgery.remove(
