@@ -46,7 +46,9 @@ def reads(trace: Trace) -> Iterator[None]:
     for module in trace.modules:
         if not _of_torch(module):
             own = vars(module)
-            mine = {k: v for k, v in own.items() if type(v) in (int, tuple, list) and not hasattr(type(module), k)}
+            mine = {
+                k: v for k, v in own.items() if type(v) in (int, tuple, list) and not hasattr(type(module), k)
+            }
             hidden[id(module)] = mine
             for leaf in mine:
                 del own[leaf]
