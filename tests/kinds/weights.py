@@ -298,3 +298,20 @@ def orthogonal() -> Made:
     a = nn.Linear(6, 5)
     parametrize.register_parametrization(a, "weight", Orthogonal())
     return nn.Sequential(nn.Linear(4, 6), a, nn.Linear(5, 4), nn.Linear(4, 2)), image(3, 4)
+
+
+@kind("weight norm: beside a shortcut, so that what goes in is what comes out", {"enter": 6, "wide": 7})
+def weight_norm_beside() -> Made:
+    def run(m: Net, x: Tensor) -> Tensor:
+        y = m.enter(x)
+        y = y + m.square(y.relu())
+        return m.out(y + m.narrow(m.wide(y).relu()))
+
+    return Net(
+        run,
+        enter=nn.Conv1d(4, 6, 1),
+        square=parametrizations.weight_norm(nn.Conv1d(6, 6, 3, padding=1)),
+        wide=nn.Conv1d(6, 7, 1),
+        narrow=parametrizations.weight_norm(nn.Conv1d(7, 6, 1)),
+        out=nn.Conv1d(6, 2, 1),
+    ), image(2, 4, 6)

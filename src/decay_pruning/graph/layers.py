@@ -227,12 +227,12 @@ def _directions(trace: Trace) -> None:
         rows = _atoms(divisor)
         if lengths is not None:
             scales = [dim for dim in trace.dims.values() if dim.place[0] in lengths & trace.parameters.keys()]
-            scales = [dim for dim in scales if rows & _atoms([dim.axis])]
+            scales = [dim for dim in scales if dim.role is not Role.COLUMN and rows & _atoms([dim.axis])]
             rows &= _atoms([dim.axis for dim in scales])
             for dim in scales:
                 dim.role = Role.ROW
         for dim in trace.dims.values():
-            if dim.place[0] in names and rows & _atoms([dim.axis]):
+            if dim.place[0] in names and dim.role is not Role.COLUMN and rows & _atoms([dim.axis]):
                 dim.role = Role.BUFFER
 
 
