@@ -336,3 +336,15 @@ def test_a_fresh_copy_is_cut_like_the_model():
         assert same_shapes(each, run.model)
     with pytest.raises(SurgeryError):
         prune_like(build_model("plain"), run.model)
+
+
+def test_a_pruner_says_where_it_stands():
+    run = start("residual", "depgraph", "sp")
+    assert repr(run.pruner) == (
+        "Pruner(DepGraph, macs to 60 %: step 0, 100.0 % of MACs; 0 decaying, 0 held, 0 released, 0 removed)"
+    )
+    for _ in range(2):
+        run.step()
+    assert f"step 2, 100.0 % of MACs; {len(run.pruner.engine.decaying)} decaying" in str(run.pruner)
+    run.pruner.cancel()
+    assert repr(run.pruner).endswith("given up: it was cancelled)")

@@ -210,6 +210,11 @@ class Pruner:
         self._detach()
         return self.report()
 
+    def __repr__(self) -> str:
+        given_up = f"; given up: {self._given_up}" if self._given_up else ""
+        goal = f"{self.target.of} to {100 * self.target.keep:.3g} %"
+        return f"Pruner({type(self.host).__name__}, {goal}: {self.progress()}{given_up})"
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ConfigError(
             "a pruner cannot be copied or pickled, since it rides on the hooks of its optimizer: save "
