@@ -39,7 +39,8 @@ def verdict(result: results.Result) -> str:
         what = f"ends {d.mean:+.1f} points from one step" if d.clear else "cannot be told from one step"
         said.append(f"{name} {what}")
     return (
-        f"One step costs {found['dense'].mean:.1f} points here. {' and '.join(said)} on these {len(result.seeds)} seeds. "
+        f"One step costs {found['dense'].mean:.1f} points here. {' and '.join(said)} on these "
+        f"{len(result.seeds)} seeds. "
         "A pretrained network with little training left tells them apart: README.md, results/crepe-250.json."
     )
 
