@@ -142,6 +142,9 @@ class Others:
         """Before the first step of any optimizer there is."""
         if optimizer in self._seen:
             return
+        if any(each in self._seen for each in chain(optimizer)):  # a wrapper around one that was given
+            self._seen.add(optimizer)
+            return
         names = [
             self._names[id(p)] for g in optimizer.param_groups for p in g["params"] if id(p) in self._names
         ]
