@@ -125,7 +125,7 @@ def comparison(path: Path, result: Result) -> str:
     head += ["parameters kept, %"]
     head += ["latency, dense ÷ pruned", "released", "seeds"]
     title = values["title"] or values["name"]
-    return f"### {title}\n\n{said}\n\n{table(head, map(_arm, summarise(result)))}"
+    return f"### {path.stem}: {title}\n\n{said}\n\n{table(head, map(_arm, summarise(result)))}"
 
 
 def _arm(s: Summary) -> list[str]:
