@@ -169,8 +169,8 @@ def check(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
         if kind in ("FullyShardedDataParallel", "DistributedDataParallel", "DataParallel", "OptimizedModule"):
             where = "the model" if not name else f"{name!r}"
             raise ConfigError(
-                f"{where} is wrapped in {kind}: build the pruner from the plain model, and wrap it afterwards (anew "
-                "after each removal)"
+                f"{where} is wrapped in {kind}, inside of the model: build the pruner from the plain model, and wrap "
+                "the whole of it"
             )
     for name, p in model.named_parameters():
         if hasattr(p, "full_tensor"):
