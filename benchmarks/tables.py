@@ -125,7 +125,7 @@ def comparison(path: Path, result: Result) -> str:
     head += ["parameters kept, %"]
     head += ["latency, dense ÷ pruned", "released", "seeds"]
     title = values["title"] or values["name"]
-    return f"### {title}\n\n{said}\n\n{table(head, map(_arm, summarise(result)))}"
+    return f"### {path.stem}: {title}\n\n{said}\n\n{table(head, map(_arm, summarise(result)))}"
 
 
 def _arm(s: Summary) -> list[str]:
@@ -453,7 +453,7 @@ def pages(root: Path) -> dict[Path, str]:
     if not begin or not end:
         raise ConfigError(f"README.md has no lines {BEGIN} and {END}")
     further = {root / "docs" / "networks.md": network_tables.page(networks, table, made)} if networks else {}
-    lengths = [root / "results" / f"crepe-{steps}.json" for steps in (250, 1000, 4000)]
+    lengths = [root / "results" / f"crepe-{steps}.json" for steps in (250, 500, 1000, 4000)]
     longer = {path: found[path] for path in lengths if path in found}
     shown = final or {path: result for path, result in found.items() if path.name == "digits.json"}
     if longer:

@@ -10,7 +10,7 @@ import torch
 
 from decay_pruning import load, measure
 from decay_pruning.cli import main as command
-from decay_pruning.lab import data, models
+from decay_pruning.lab import data, models, results
 from decay_pruning.lab.trainer import evaluate
 
 OUT = Path("runs/demo")
@@ -28,6 +28,21 @@ What you would add to your own training loop:
               optimizer.step()                   # drives the pruner, too
     + print(pruner.finish())                     # the model is smaller now, and its optimizer still runs
 """
+
+
+def verdict(result: results.Result) -> str:
+    """What the table says, in words."""
+    found = {s.arm: s.difference for s in results.summarise(result) if s.difference is not None}
+    said = []
+    for arm, name in (("sp", "SP"), ("sr", "SP + SR")):
+        d = found[arm]
+        what = f"ends {d.mean:+.1f} points from one step" if d.clear else "cannot be told from one step"
+        said.append(f"{name} {what}")
+    return (
+        f"One step costs {found['dense'].mean:.1f} points here. {' and '.join(said)} on these "
+        f"{len(result.seeds)} seeds. "
+        "A pretrained network with little training left tells them apart: README.md, results/crepe-250.json."
+    )
 
 
 def main() -> None:
@@ -55,7 +70,7 @@ def main() -> None:
     print(
         f"\n{file} loaded into a fresh model: {evaluate(fresh, digits):.2f} % of the test digits, "
         f"{100 * small.macs / whole.macs:.1f} % of the MACs, {100 * small.params / whole.params:.1f} % of the "
-        f"parameters\n\n{LINES}\n"
+        f"parameters\n\n{verdict(results.load(OUT / 'result.json'))}\n\n{LINES}\n"
         "With more training left the arms come closer, and in the end all alike: "
         "decay-pruning compare recipes/digits.toml\n"
         f"Open {OUT / 'report.html'} in a browser. ({time.monotonic() - begin:.0f} s)"

@@ -123,6 +123,23 @@ def test_one_that_nobody_spoke_of_is_found_before_it_moves():
     unknown.step()
 
 
+def test_a_wrapper_around_one_that_was_given_is_known():
+    class Twice(torch.optim.Optimizer):
+        """Steps another optimizer, and has the same parameters."""
+
+        def __init__(self, base):
+            super().__init__(base.param_groups, {})
+            self.base = base
+
+        def step(self, closure=None):
+            self.base.step()
+
+    model = build_model("residual")
+    base = torch.optim.SGD(model.parameters(), **SGD)
+    wrapper = Twice(base)
+    assert train(model, [wrapper], Pruner(model, example(), base, 0.6, **settings()), 20).removed > 0
+
+
 def test_optimizers_of_other_models_are_nobodys_business():
     model, other = build_model("residual"), build_model("plain")
     mine = torch.optim.SGD(model.parameters(), **SGD)

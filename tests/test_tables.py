@@ -70,11 +70,26 @@ def test_final_comparisons_come_first_and_into_the_readme(root: Path) -> None:
     final = replace(digits, recipe=sparse, runs=digits.runs + peers)
     final.save(root / "results" / "final-sparse.json")
     page, readme = tables.pages(root).values()
-    assert page.index("### Sparse") < page.index(f"### {digits.recipe['title']}")
+    assert page.index("### final-sparse: Sparse") < page.index(f"### digits: {digits.recipe['title']}")
     assert "| DepGraph, sparse learning | `dense` |" in readme and "results/digits.json" not in readme
     assert [line.split(" | ")[1] for line in readme.splitlines() if line.startswith("| ")][2:] == [
         "`dense`", "`single`", "`sp`", "`sr`", "`tp-one-shot`"
     ]  # fmt: skip
+
+
+def test_lengths_of_one_recipe_make_the_readmes_table_and_picture(root: Path) -> None:
+    digits = results.load(root / "results" / "digits.json")
+    for steps, more in ((250, 0.0), (1000, 0.5)):
+        runs = tuple(replace(run, steps=steps, accuracy=run.accuracy + more) for run in digits.runs)
+        replace(digits, runs=runs).save(root / "results" / f"crepe-{steps}.json")
+    pages = {path.name: text for path, text in tables.pages(root).items()}
+    rows = [line.split(" | ") for line in pages["README.md"].splitlines() if line.startswith("| ")][2:]
+    assert [row[0].strip("| ") for row in rows] == ["250", "", "", "1,000", "", ""]
+    assert [row[1] for row in rows] == ["one step", "SP", "SP + SR"] * 2
+    for arm, row in zip(("single", "sp", "sr"), rows, strict=False):
+        mean = sum(run.accuracy for run in digits.of(arm)) / len(digits.of(arm))
+        assert row[2].startswith(f"{mean:.2f} ")
+    assert pages["longer.svg"].startswith("<svg") and pages["longer.svg"].count("<polygon") == 3
 
 
 def test_searches_are_paired_with_single(root: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from decay_pruning import (
     BudgetError,
     ConfigError,
     DecayPruningError,
+    Pruner,
     SelfRectifying,
     SmoothPruning,
     SurgeryError,
@@ -20,7 +22,7 @@ from decay_pruning import (
     surgery,
 )
 
-from .registry import HOSTS, Run, build_model, start
+from .registry import HOSTS, Run, batches, build_model, example, start
 
 
 def loss_of(run: Run) -> torch.Tensor:
@@ -197,14 +199,53 @@ def test_lbfgs_is_refused_when_the_pruner_is_made():
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile], ids=["DataParallel", "compile"])
-def test_a_wrapped_model_is_refused_by_name(wrap):
-    from decay_pruning import Pruner
+def test_a_wrapper_inside_the_model_is_refused_by_name(wrap):
+    model = nn.Sequential(wrap(build_model("plain")), nn.Linear(5, 5))
+    with pytest.raises(ConfigError, match=r"wrapped in (DataParallel|OptimizedModule), inside of the model"):
+        Pruner(model, example(), torch.optim.SGD(model.parameters(), lr=0.1), 0.5, total_steps=10)
 
-    from .registry import example
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("wrap", "removal"),
+    [
+        (nn.DataParallel, None),
+        (partial(torch.compile, backend="eager"), None),
+        (partial(torch.compile, backend="eager"), "at once"),
+    ],
+    ids=["DataParallel", "compiled", "compiled, at once"],
+)
+def test_a_wrapped_model_is_looked_into(wrap, removal):
+    """It trains through its wrapper to the same network as without."""
+    ends = []
+    for wrapped in (False, True):
+        model = build_model("residual")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        train = wrap(model) if wrapped else model
+        settings = {"smooth": SmoothPruning(steps=3), "removal": removal or "at finish"}
+        if wrapped and removal is None:
+            del settings["removal"]
+        pruner = Pruner(train, example(), optimizer, 0.6, **settings)
+        assert pruner.model is model and pruner.removal == (removal or "at finish")
+        stream = batches(1)
+        for _ in range(6):
+            x, y = next(stream)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(train(x), y).backward()
+            optimizer.step()
+        ends.append((pruner.finish(), model.state_dict()))
+    assert ends[0][0] == ends[1][0] and ends[0][0].removed > 0
+    for name, value in ends[0][1].items():
+        assert torch.allclose(value, ends[1][1][name], atol=1e-6), name
+
+
+def test_a_wrapper_that_keeps_shapes_and_a_cut_at_once_are_refused():
     model = build_model("plain")
-    with pytest.raises(ConfigError, match=r"wrapped in (DataParallel|OptimizedModule)"):
-        Pruner(wrap(model), example(), torch.optim.SGD(model.parameters(), lr=0.1), 0.5, total_steps=10)
+    with pytest.raises(ConfigError, match=r"DataParallel, which keeps the shapes.*wrap it afterwards"):
+        Pruner(
+            nn.DataParallel(model), example(), torch.optim.SGD(model.parameters(), lr=0.1), 0.5,
+            removal="at once", smooth=SmoothPruning(steps=3),
+        )  # fmt: skip
 
 
 def test_a_removal_that_is_refused_is_said_once(monkeypatch):
@@ -336,3 +377,15 @@ def test_a_fresh_copy_is_cut_like_the_model():
         assert same_shapes(each, run.model)
     with pytest.raises(SurgeryError):
         prune_like(build_model("plain"), run.model)
+
+
+def test_a_pruner_says_where_it_stands():
+    run = start("residual", "depgraph", "sp")
+    assert repr(run.pruner) == (
+        "Pruner(DepGraph, macs to 60 %: step 0, 100.0 % of MACs; 0 decaying, 0 held, 0 released, 0 removed)"
+    )
+    for _ in range(2):
+        run.step()
+    assert f"step 2, 100.0 % of MACs; {len(run.pruner.engine.decaying)} decaying" in str(run.pruner)
+    run.pruner.cancel()
+    assert repr(run.pruner).endswith("given up: it was cancelled)")

@@ -142,6 +142,9 @@ class Others:
         """Before the first step of any optimizer there is."""
         if optimizer in self._seen:
             return
+        if any(each in self._seen for each in chain(optimizer)):  # a wrapper around one that was given
+            self._seen.add(optimizer)
+            return
         names = [
             self._names[id(p)] for g in optimizer.param_groups for p in g["params"] if id(p) in self._names
         ]
@@ -166,8 +169,8 @@ def check(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
         if kind in ("FullyShardedDataParallel", "DistributedDataParallel", "DataParallel", "OptimizedModule"):
             where = "the model" if not name else f"{name!r}"
             raise ConfigError(
-                f"{where} is wrapped in {kind}: build the pruner from the plain model, and wrap it afterwards (anew "
-                "after each removal)"
+                f"{where} is wrapped in {kind}, inside of the model: build the pruner from the plain model, and wrap "
+                "the whole of it"
             )
     for name, p in model.named_parameters():
         if hasattr(p, "full_tensor"):

@@ -22,6 +22,12 @@ class Progress:
     released: int
     removed: int
 
+    def __str__(self) -> str:
+        counts = ", ".join(
+            f"{getattr(self, name)} {name}" for name in ("decaying", "held", "released", "removed")
+        )
+        return f"step {self.step:,}, {100 * self.macs / self.macs_start:.1f} % of MACs; {counts}"
+
 
 @dataclass(frozen=True)
 class PruningReport:

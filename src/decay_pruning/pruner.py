@@ -29,6 +29,7 @@ from decay_pruning.hosts import Goal, Host, Phase, Picker, Scene, as_host
 from decay_pruning.plan import Plan
 from decay_pruning.progress import Progress, PruningReport
 from decay_pruning.rectify import SelfRectifying
+from decay_pruning.state import unwrapped
 from decay_pruning.structures import Picks, StructureSet
 
 logger = logging.getLogger("decay_pruning")
@@ -53,7 +54,8 @@ class Pruner:
     """Prunes a model while it trains.
 
     Args:
-        model: the model, unwrapped (no DDP, no compile wrapper). Its parameters keep their identity.
+        model: the model, plain or in the wrapper that trains it (`torch.compile`, DistributedDataParallel): what is
+            inside is pruned, `pruner.model`. Its parameters keep their identity.
         example_inputs: a tensor, a tuple for `model(*inputs)`, or a dict for `model(**inputs)`, on the model's device.
             A batch of one is enough, and makes MACs comparable with papers.
         optimizer: the optimizer of the training loop; any from `torch.optim`, or made like those. Where several train
@@ -66,7 +68,8 @@ class Pruner:
         total_steps: optimizer steps that the training will take from here; needed where N is a fraction.
         start: optimizer steps before the first pick (for sparse learning).
         removal: "at once" cuts what has come to the end of its decay in that very step; "at finish" holds it at zero,
-            and `finish()` cuts everything in one go: no shape changes while training goes on.
+            and `finish()` cuts everything in one go: no shape changes while training goes on. None for "at finish"
+            where the model is wrapped, and "at once" otherwise.
         also: copies of the model that are cut along with it: averages of the weights, momentum encoders. torch's own
             `AveragedModel` need not be named; it follows when it is updated next.
         on_event: called with every `Event`.
@@ -89,18 +92,26 @@ class Pruner:
         rectify: SelfRectifying | None = None,
         total_steps: int | None = None,
         start: int = 0,
-        removal: Removal = "at once",
+        removal: Removal | None = None,
         also: Sequence[Any] = (),
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
-        self.model = checked(model, nn.Module, "model")
+        self.model = unwrapped(checked(model, nn.Module, "model"))
         self.target = as_target(target)
         self.host = as_host(host)
         self.smooth: SmoothPruning = checked(smooth, _Smooth, "smooth") or SmoothPruning()
         self.rectify: SelfRectifying | None = checked(rectify, _Rectify, "rectify")
         self.start: int = checked(start, Count, "start")
         self.total_steps: int | None = checked(total_steps, Whole | None, "total_steps")
-        self.removal: Removal = checked(removal, Removal, "removal")
+        wrapper = None if self.model is model else type(model).__name__
+        removal = checked(removal, Removal | None, "removal")
+        self.removal: Removal = removal or ("at finish" if wrapper else "at once")
+        if self.removal == "at once" and wrapper not in (None, "OptimizedModule"):
+            raise ConfigError(
+                f"the model is wrapped in {wrapper}, which keeps the shapes of its parameters: removal='at once' would "
+                "need a new wrapper after each removal; leave it out, or give the plain model and wrap it afterwards"
+            )
+        model = self.model
         on_event, example_inputs = checked(on_event, _OnEvent, "on_event"), as_inputs(example_inputs)
         self.example_inputs = example_inputs
         chains = [optimizers.chain(each) for each in optimizers.given(optimizer)]
@@ -209,6 +220,11 @@ class Pruner:
         self.engine.let_go()
         self._detach()
         return self.report()
+
+    def __repr__(self) -> str:
+        given_up = f"; given up: {self._given_up}" if self._given_up else ""
+        goal = f"{self.target.of} to {100 * self.target.keep:.3g} %"
+        return f"Pruner({type(self.host).__name__}, {goal}: {self.progress()}{given_up})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ConfigError(

@@ -17,11 +17,17 @@ from decay_pruning.checks import Count, NotNegative, OneOf, Whole, at_least, che
 from decay_pruning.errors import ConfigError
 from decay_pruning.graph import Graph
 from decay_pruning.hosts import importance as importances
+from decay_pruning.hosts.activations import Activations
 from decay_pruning.hosts.base import Goal, Ignored, Picker, Scene
-from decay_pruning.hosts.importance import IMPORTANCES, NORMALIZERS, Normalizer, Reduction
+from decay_pruning.hosts.importance import NORMALIZERS, Normalizer, Reduction
 from decay_pruning.hosts.ranking import MinKept, Per, Scope, choose
 from decay_pruning.structures import Picks, Role, StructureSet
 
+#: Name → a new importance.
+IMPORTANCES: Mapping[str, Callable[[Reduction], importances.Importance]] = {
+    **importances.IMPORTANCES,
+    "activation": lambda _: Activations(),
+}
 #: One of `hosts.importance`, or a function of a torch-pruning group that returns one score per channel.
 Importance = importances.Importance | Callable[[Any], Tensor | None]
 
@@ -56,7 +62,7 @@ class DepGraph:
 
     Attributes:
         importance: a name, one of `hosts.importance`, or any function of a torch-pruning group that returns one score
-            per channel. torch-pruning's default is "magnitude".
+            per channel. torch-pruning's default is "magnitude". "activation" is a running mean over training batches.
         normalizer: what the scores of a layer group are divided by, so that those of different layer groups can be
             compared; "none" compares them as they are. None for "none" with "magnitude-l1", and "mean", torch-pruning's
             default, with others. Not used with a function of yours.
@@ -122,7 +128,10 @@ class DepGraph:
             importance = IMPORTANCES[importance](self.chosen_reduction)
         if not isinstance(importance, importances.Importance):
             return graph.scores(importance, structures)
-        scores = importances.scores(importance, model, structures)
+        return self.normalised(importances.scores(importance, model, structures))
+
+    def normalised(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same, made comparable between layer groups."""
         divisor = NORMALIZERS[self.chosen_normalizer]
         return {name: (score / divisor(score)).nan_to_num(nan=0.0) for name, score in scores.items()}
 
@@ -133,6 +142,19 @@ class _Ranking(Picker):
     def __init__(self, host: DepGraph) -> None:
         self._host = host
         self._regulariser = GroupRegulariser(host.sparse) if host.sparse is not None else None
+        self._activations = Activations() if host.importance == "activation" else None
+
+    def attach(self, scene: Scene) -> None:
+        if self._activations is not None:
+            self._activations.attach(scene.model, scene.structures)
+
+    def detach(self, scene: Scene) -> None:
+        if self._activations is not None:
+            self._activations.detach()
+
+    def after_step(self, scene: Scene) -> None:
+        if self._activations is not None:
+            self._activations.active = scene.step < scene.start or scene.wanting()
 
     def check(self, scene: Scene, goal: Goal) -> None:
         self._choose(
@@ -145,6 +167,13 @@ class _Ranking(Picker):
             raise ConfigError(
                 "importance 'taylor' needs gradients: pick inside optimizer.step(), after loss.backward()"
             )
+        if self._activations is not None:
+            if not self._activations.ready:
+                raise ConfigError(
+                    "importance 'activation' needs batches: train for a step before you ask for a plan"
+                )
+            seen = importances.scores(self._activations, scene.model, scene.structures)
+            return self._choose(scene, host.normalised(seen), goal)
         return self._choose(scene, host.scores(scene.model, scene.graph, scene.structures), goal)
 
     def _choose(self, scene: Scene, scores: Mapping[str, Tensor], goal: Goal) -> Picks:
@@ -167,11 +196,14 @@ class _Ranking(Picker):
         self._regulariser.add(scene.parameters, scale)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"pulls": self._regulariser.factors} if self._regulariser else {}
+        state: dict[str, Any] = {"pulls": self._regulariser.factors} if self._regulariser else {}
+        return state if self._activations is None else state | self._activations.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if self._regulariser is not None:
             self._regulariser.factors = list(state["pulls"])
+        if self._activations is not None:
+            self._activations.load_state_dict(state)
 
 
 class GroupRegulariser:

@@ -177,7 +177,7 @@ def _per_structure(values: Tensor, coupling: Coupling, group: LayerGroup) -> Ten
     return torch.zeros(len(group)).index_add_(0, coupling.owner, along[coupling.position])
 
 
-#: Name → a new importance.
+#: Name → a new importance. "activation" has hooks of its own, see `activations`.
 IMPORTANCES: Mapping[str, Callable[[Reduction], Importance]] = {
     "magnitude": lambda reduction: Magnitude(2, reduction),
     "magnitude-l1": lambda reduction: Magnitude(1, reduction),

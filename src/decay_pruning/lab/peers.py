@@ -292,6 +292,8 @@ class TorchPruning:
         host = self._host
         if not isinstance(host.importance, str):
             return host.importance
+        if host.importance not in _IMPORTANCES:
+            raise ConfigError(f"torch-pruning has no importance {host.importance!r}: leave out the arms tp-…")
         if host.importance in ("lamp", "random"):
             return _IMPORTANCES[host.importance]()
         normalizer = None if host.chosen_normalizer == "none" else host.chosen_normalizer
