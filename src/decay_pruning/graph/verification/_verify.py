@@ -53,7 +53,7 @@ def verified(
     _check_output(model, example_inputs)
     if not structures.groups:
         return structures
-    with _random_values(model, structures, example_inputs):
+    with proof.stand_ins(model, None, False), _random_values(model, structures, example_inputs):
         run = _Verification(
             Trials(model, structures, Settings.of(model, example_inputs, thorough=True)), allow_inexact
         )
