@@ -91,6 +91,6 @@ def first_screen(
         for path, r in found.items()
     }
     dense = [s.accuracy.mean for r in found.values() for s in summarise(r) if s.arm == "dense"]
-    said = f"CREPE tiny, a pretrained pitch tracker; DepGraph, default settings. {metric}, mean ± standard deviation"
+    said = f"CREPE tiny, a pretrained pitch tracker; DepGraph, default settings. Mean ± standard deviation of {metric}"
     said += f"; unpruned and trained on for as long: {dense[0]:.1f} %. " if dense else ". "
     return f"{table(head, rows(found.values()), left=2)}\n\n{said}{', '.join(seeds.values())}. {where}."
