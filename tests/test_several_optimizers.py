@@ -174,3 +174,70 @@ def test_the_same_one_twice():
     optimizer = torch.optim.SGD(model.parameters(), **SGD)
     with pytest.raises(ConfigError, match="twice"):
         Pruner(model, example(), [optimizer, optimizer], 0.6, smooth=SmoothPruning(steps=2))
+
+
+class Lookahead:
+    """Slow weights in plain lists, as most people have them."""
+
+    def __init__(self, optimizer, every=3):
+        self.optimizer, self.every, self.steps = optimizer, every, 0
+        self.slow = [[p.detach().clone() for p in g["params"]] for g in optimizer.param_groups]
+
+    def zero_grad(self):
+        self.optimizer.zero_grad()
+
+    def step(self):
+        self.optimizer.step()
+        self.steps += 1
+        if self.steps % self.every == 0:
+            for group, slow in zip(self.optimizer.param_groups, self.slow, strict=True):
+                for p, w in zip(group["params"], slow, strict=True):
+                    w.lerp_(p.detach(), 0.5)
+                    p.data.copy_(w)
+
+
+def test_weights_that_a_wrapper_keeps_elsewhere():
+    """They cannot be cut, so it is said; held at zero until the end, everything fits."""
+    model = build_model("residual")
+    optimizer = Lookahead(torch.optim.SGD(model.parameters(), lr=0.05))
+    with pytest.raises(ConfigError, match="Lookahead keeps tensors of the parameters' shapes in 'slow'"):
+        Pruner(model, example(), optimizer, 0.6, **settings())
+    report = train(
+        model, [optimizer], Pruner(model, example(), optimizer, 0.6, removal="at finish", **settings()), 20
+    )
+    assert report.removed > 0
+
+
+@pytest.mark.parametrize("removal", ["at once", "at finish"])
+def test_steps_inside_of_backward_are_refused(removal):
+    model = build_model("plain")
+    one_each = [torch.optim.SGD([p], lr=0.01) for p in model.parameters()]
+    for p, optimizer in zip(model.parameters(), one_each, strict=True):
+        p.register_post_accumulate_grad_hook(lambda _, optimizer=optimizer: optimizer.step())
+    Pruner(model, example(), one_each, 0.6, removal=removal, **settings())
+    x, y = next(batches(1))
+    with pytest.raises(ConfigError, match=r"steps inside of backward\(\)"):
+        nn.functional.cross_entropy(model(x), y).backward()
+
+
+def test_muon_beside_adamw():
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(10, 32), nn.LayerNorm(32), nn.GELU(), nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 5)
+    )
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    rest = [p for p in model.parameters() if p.ndim != 2]
+    both = [torch.optim.Muon(matrices, lr=0.01), torch.optim.AdamW(rest, lr=1e-3)]
+    pruner = Pruner(model, torch.randn(2, 10), both, 0.6, **settings())
+    for _ in range(20):
+        loss = nn.functional.cross_entropy(model(torch.randn(16, 10)), torch.randint(0, 5, (16,)))
+        loss.backward()
+        for optimizer in both:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert pruner.finish().removed > 0
+    for optimizer in both:
+        for p, state in optimizer.state.items():
+            assert all(v.shape == p.shape for v in state.values() if v.ndim)

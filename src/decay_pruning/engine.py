@@ -164,6 +164,11 @@ class Engine:
 
     def before_step(self) -> None:
         """Measure resistance on the gradients that the step is about to use."""
+        if torch._C._current_graph_task_id() != -1:
+            raise ConfigError(
+                "the optimizer steps inside of backward(), where other gradients still need the weights as they are: "
+                "step when backward() is done"
+            )
         # A fused optimizer under a gradient scaler runs its hooks also when the scaler found an infinity and
         # nothing will move; it then carries `found_inf`, and gradients are still scaled.
         found_inf = getattr(self._optimizer, "found_inf", None)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from decay_pruning import surgery
@@ -50,6 +51,26 @@ def given(optimizer: Any) -> list[Any]:
     if len({id(each) for each in several}) < len(several):
         raise ConfigError("the same optimizer is given twice")
     return several
+
+
+def check_kept(wrappers: Iterable[Any], parameters: Mapping[str, Tensor]) -> None:
+    """Nothing beside an optimizer's state has the shape of a parameter that is about to be cut.
+
+    Raises:
+        ConfigError: a wrapper keeps such tensors in an attribute of its own (slow weights), where they cannot be cut.
+    """
+    shapes = {p.shape for p in parameters.values() if p.ndim > 1}
+    own = {id(p) for p in parameters.values()}
+    for wrapper in wrappers:
+        for name, value in getattr(wrapper, "__dict__", {}).items():
+            if name in ("state", "param_groups", "defaults") or isinstance(value, Optimizer | nn.Module):
+                continue
+            leaves = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+            if any(leaf.shape in shapes and id(leaf) not in own for leaf in leaves):
+                raise ConfigError(
+                    f"{type(wrapper).__name__} keeps tensors of the parameters' shapes in {name!r}, which cannot be "
+                    "cut while training goes on: removal='at finish' leaves all shapes as they are until then"
+                )
 
 
 #: Parameter → the pruner that will cut it.

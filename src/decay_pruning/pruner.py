@@ -142,6 +142,8 @@ class Pruner:
         self._given_up: str | None = None
         self._still: list[surgery.Still] = []  # of the step that is being made
         self._check_state()
+        if self.removal == "at once":
+            optimizers.check_kept(optimizers.given(optimizer), self._touched())
         self.engine.attach(self)
         self._others = optimizers.Others(self._chain, self._optimizer, self._touched(), self.engine.keep_zero)
         optimizers.claim(self._touched().values(), self)
