@@ -127,7 +127,7 @@ def main() -> None:
     for name in options.only:
         results[name] = _alone(name, "library", options.limit)
         if "error" not in results[name]:
-            other = _alone(name, "peer", options.limit)
+            other = _alone(name, "peer", min(options.limit, 45))
             results[name]["peer"] = other.get("peer", other.get("error"))
         one = results[name]
         if "error" in one:

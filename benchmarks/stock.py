@@ -104,11 +104,11 @@ def _nms(boxes: torch.Tensor, scores: torch.Tensor, threshold: float) -> torch.T
     return torch.tensor(kept, dtype=torch.int64)
 
 
-def _images(size: int = 224, channels: int = 3) -> torch.Tensor:
+def _images(size: int = 128, channels: int = 3) -> torch.Tensor:
     return torch.randn(2, channels, size, size)
 
 
-def _tv(name: str, size: int = 224, **options: Any) -> Built:
+def _tv(name: str, size: int = 128, **options: Any) -> Built:
     models = importlib.import_module("torchvision.models")
     return models.get_model(name, weights=None, **options), _images(size)
 
@@ -147,7 +147,8 @@ def _whole_detector(name: str) -> Built:
 
 def _timm(name: str) -> Built:
     model = importlib.import_module("timm").create_model(name)
-    return model, torch.randn(2, *model.default_cfg["input_size"])
+    channels, size, _ = model.default_cfg["input_size"]
+    return model, _images(size if model.default_cfg.get("fixed_input_size") else 128, channels)
 
 
 def _smp(kind: str, encoder: str) -> Built:
@@ -262,7 +263,6 @@ _TORCHVISION = [
     "mnasnet1_0",
     "vgg16_bn",
     "squeezenet1_1",
-    "vit_b_16",
     "swin_t",
 ]
 _TIMM = [
@@ -395,7 +395,8 @@ _HF: dict[str, tuple[Any, ...]] = {
 MODELS: dict[str, Callable[[], Built]] = {
     **{f"torchvision:{n}": partial(_tv, n) for n in _TORCHVISION},
     "torchvision:googlenet": lambda: _tv("googlenet", init_weights=False),
-    "torchvision:inception_v3": lambda: _tv("inception_v3", 299, init_weights=False),
+    "torchvision:inception_v3": lambda: _tv("inception_v3", init_weights=False),
+    "torchvision:vit_b_16": lambda: _tv("vit_b_16", 224),
     "torchvision:deeplabv3_mobilenet": lambda: _segmentation("deeplabv3_mobilenet_v3_large"),
     "torchvision:lraspp_mobilenet": lambda: _segmentation("lraspp_mobilenet_v3_large"),
     "torchvision:fcn_resnet50": lambda: _segmentation("fcn_resnet50"),
