@@ -50,6 +50,7 @@ FINE = {
     "smooth": {"none": "the defaults"},
     "rectify": {"none": "never"},
     "total_steps": {"none": "unknown; another error says that N is a fraction"},
+    "removal": {"none": "as the wrapper allows"},
     "on_event": {"none": "nobody listens"},
     "example_inputs": {
         "tensor": "the model says itself that it does not run on it",
