@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check gpu bench clean
+.PHONY: demo test check gpu bench models coverage clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -23,6 +23,13 @@ gpu: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/step_cost.py
+
+# Stock models of other packages; nothing else needs them.
+models: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --requirement benchmarks/stock.txt
+
+coverage: models
+	$(BIN)/python benchmarks/coverage.py --out results/coverage.json
 
 # torch first and alone: pip then takes the CPU build where one is at hand, and nothing later pulls another one.
 $(STAMP): pyproject.toml constraints.txt
