@@ -338,7 +338,7 @@ _HF: dict[str, tuple[Any, ...]] = {
     "segformer": (
         "SegformerConfig",
         "SegformerForSemanticSegmentation",
-        dict(depths=[1, 1, 1, 1], hidden_sizes=[16, 32, 64, 96], decoder_hidden_size=32),
+        dict(depths=[1] * 4),
         "large images",
     ),
     "t5": (

@@ -1,9 +1,13 @@
 """Building a pruner changes nothing: training flags, buffers, gradients, random state, requires_grad."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor, nn
 
 from decay_pruning import Pruner, inspect
+from decay_pruning.graph import Graph
 
 from .registry import MODELS, build_model, example
 
@@ -32,3 +36,30 @@ def test_nothing_changes(model_name, how):
         assert (p.grad is None) == (gradient is None)
         assert gradient is None or torch.equal(p.grad, gradient)
     assert torch.equal(torch.get_rng_state(), random)
+
+
+class HooksItself(nn.Module):
+    """Puts a hook on its own layer when it first runs, and remembers that it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.caught: list[Any] = []
+        self.hooked = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.hooked:
+            self.a.register_forward_hook(lambda module, args, out: self.caught.append(out))
+            self.hooked = True
+        self.caught = []
+        self.b(self.a(x).relu())
+        assert len(self.caught) == 1, "hooked once"
+        return self.b(self.caught[0].relu())
+
+
+def test_hooks_that_a_model_puts_on_itself_are_taken_back_with_its_memory_of_them() -> None:
+    model = HooksItself()
+    for _ in range(2):
+        graph = Graph(model, torch.randn(2, 4))
+    assert "a" in graph.structures.groups and not model.hooked and not model.a._forward_hooks
+    model(torch.randn(2, 4))

@@ -16,6 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 #: What torch keeps on every module itself.
 _OF_TORCH = frozenset(vars(nn.Module()))
+#: Among it, the tables of hooks.
+_HOOKS = tuple(
+    sorted(name for name, value in vars(nn.Module()).items() if isinstance(value, dict) and "hook" in name)
+)
 _PLAIN = frozenset({int, float, str, bool, complex, type(None), torch.dtype, torch.device, torch.Size})
 _NO_STATE = Tensor | nn.Module | type | FunctionType | MethodType | ModuleType
 _DEPTH = 3
@@ -53,6 +57,9 @@ def contents(modules: Iterable[nn.Module]) -> Callable[[], None]:
     for module in modules:
         for table in (module._parameters, module._buffers, module._modules):
             tables.append((table, dict(table)))
+        for name in _HOOKS:  # a model can hook itself when it first runs, and remember that in an attribute
+            if (hooks := module.__dict__.get(name)) is not None:
+                tables.append((hooks, dict(hooks)))
         for name, value in vars(module).items():
             if type(value) not in _PLAIN and name not in _OF_TORCH:
                 note(value, 1)
