@@ -52,7 +52,8 @@ def go_on(folder: Path, host_name: str, optimizer: str, arm: str) -> None:
 def other_process():
     """A process that has seen none of the runs before they were stopped: it is told what to go on with."""
     code = "import sys; from pathlib import Path; from tests.test_resume import go_on\n"
-    code += "for line in sys.stdin: folder, *which = line.split(); go_on(Path(folder), *which); print('done', flush=True)"
+    code += "for line in sys.stdin:\n  folder, *which = line.split()\n  go_on(Path(folder), *which)\n"
+    code += "  print('done', flush=True)"
     with subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=Path(__file__).parent.parent,
