@@ -387,6 +387,7 @@ def _train(
         eval_every=recipe.report.eval_every,
         cpu=recipe.device == "cpu",
         workers=recipe.data.workers,
+        distill=how.distill if isinstance(how, Prune) else None,
     )
 
 

@@ -9,6 +9,7 @@
   .host         who picks (`kind`, then that host's own settings)
   .smooth       how picks fade
   .rectify      when they are let go; `rectify = false` for never
+  .distill      optional: the dense start as a teacher
 [report]        what is measured and kept
 """
 
@@ -31,6 +32,7 @@ from decay_pruning.hosts import HOSTS, DepGraph, Host, SparseLearning
 from decay_pruning.lab import data as data_sets
 from decay_pruning.lab import models, own, settings
 from decay_pruning.lab.data import Data
+from decay_pruning.lab.distillation import Distillation
 from decay_pruning.lab.trainer import TrainSettings
 from decay_pruning.rectify import SelfRectifying
 
@@ -157,6 +159,7 @@ class Prune(TrainSettings):
         host: who picks.
         smooth: how picks fade.
         rectify: when they are let go again, or None.
+        distill: how the dense start teaches, all arms alike, or None.
     """
 
     start: NotNegative = 0.0
@@ -164,6 +167,7 @@ class Prune(TrainSettings):
     host: Host = field(default_factory=DepGraph, metadata=settings.Kinds(lambda: HOSTS, "depgraph").metadata)
     smooth: SmoothPruning = field(default_factory=SmoothPruning)
     rectify: SelfRectifying | None = field(default_factory=SelfRectifying)
+    distill: Distillation | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
