@@ -27,8 +27,8 @@ dist: $(STAMP)
 	$(BIN)/python -m hatchling build
 
 # Every Python on this machine with every torch that is asked for: make matrix TORCH="2.6 2.13"
-matrix:
-	$(PYTHON) benchmarks/matrix.py $(if $(TORCH),--torch $(TORCH))
+matrix: $(STAMP)
+	$(BIN)/python benchmarks/matrix.py --out results/matrix.json $(if $(TORCH),--torch $(TORCH))
 
 gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu

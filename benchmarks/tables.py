@@ -461,7 +461,9 @@ def pages(root: Path) -> dict[Path, str]:
     findings = root / "docs" / "results.md"
     if findings.is_file():
         of = {BEGIN: table_of_readme, BEGIN.replace("table:", "hosts:"): summary(shown)}
-        further[findings] = filled(findings, {k: v.replace("](results/", "](../results/") for k, v in of.items()})
+        further[findings] = filled(
+            findings, {k: v.replace("](results/", "](../results/") for k, v in of.items()}
+        )
     return {
         **further,
         root / "docs" / "results-appendix.md": "\n\n".join(part.strip() for part in parts) + "\n",

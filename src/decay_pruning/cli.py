@@ -242,6 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "sklearn",
             "pyarrow",
             "PIL",
+            "torch_pruning",
             "decay_pruning",
         )
         needs = ": this command needs the extra `lab`: pip install 'decay-pruning[lab]'" if ours else ""
