@@ -1,0 +1,45 @@
+"""The documentation: its pages run, are found, and leave out nothing that is public. No mkdocs is needed here."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+import decay_pruning
+from decay_pruning import hosts
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+
+
+def test_every_page_is_in_the_navigation_and_every_entry_is_a_page() -> None:
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    nav = re.sub(r"^\s*#.*$", "", text[text.index("\nnav:") :], flags=re.MULTILINE)
+    entries = re.findall(r"[\w/-]+\.md", nav)
+    assert sorted(entries) == sorted(str(page.relative_to(DOCS)) for page in PAGES)
+
+
+def test_every_public_name_is_on_a_page_of_the_api() -> None:
+    text = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
+    shown = set(re.findall(r"^::: ([\w.]+)$", text, flags=re.MULTILINE))
+    public = {f"decay_pruning.{name}" for name in decay_pruning.__all__}
+    of_hosts = {f"decay_pruning.hosts.{name}" for name in set(hosts.__all__) - set(decay_pruning.__all__)}
+    assert not (public | of_hosts) - shown
+
+
+@pytest.mark.parametrize("page", sorted((DOCS / "tasks").glob("*.md")), ids=lambda page: page.stem)
+def test_what_the_pages_by_task_show_runs(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+    assert blocks
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)  # what torchrun sets
+    code = "\n".join(blocks)
+    exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
