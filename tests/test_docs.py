@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import os
 import re
 from pathlib import Path
 
@@ -39,7 +37,12 @@ def test_what_the_pages_by_task_show_runs(
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.S | re.M)
     assert blocks
     monkeypatch.chdir(tmp_path)
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "0",
+    }.items():
         monkeypatch.setenv(name, value)  # what torchrun sets
     code = "\n".join(blocks)
     exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
