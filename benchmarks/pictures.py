@@ -1,7 +1,7 @@
 """Draw the pictures of docs/pictures.md from the library itself: python benchmarks/pictures.py
 
-Handwritten digits (examples/digits.py), the small ResNet of `make demo`, one seed. The pictures show how the method works; they are
-no measurement of how well. They need the extra `lab`.
+Handwritten digits (examples/digits.py), the small ResNet of `make demo`, one seed. The pictures show how the method
+works; they are no measurement of how well. They need the extra `lab`.
 """
 
 from __future__ import annotations

@@ -72,8 +72,8 @@ def _added(target: Path, config: MkDocsConfig) -> File:
     if place == f"files/{name}":
         return File.generated(config, place, abs_src_path=str(target))
     text = target.read_text(encoding="utf-8")
-    body = _notebook(text) if target.suffix == ".ipynb" else _code(text, LANGUAGES[target.suffix])
-    return File.generated(config, place, content=f"---\nsearch:\n  exclude: true\n---\n# {name}\n\n{body}")
+    body = _notebook(text) if name.suffix == ".ipynb" else f"# {name}\n\n{_code(text, LANGUAGES[name.suffix])}"
+    return File.generated(config, place, content=f"---\nsearch:\n  exclude: true\n---\n{body}")
 
 
 def _code(text: str, language: str) -> str:

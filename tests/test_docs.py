@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -46,3 +47,30 @@ def test_what_the_pages_by_task_show_runs(
         monkeypatch.setenv(name, value)  # what torchrun sets
     code = "\n".join(blocks)
     exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
+
+
+def texts_of(source: Path) -> set[str]:
+    """Every text in a module, with … for what is filled in, and words of the constants that it joins."""
+
+    def text(node: ast.AST) -> str:
+        if isinstance(node, ast.JoinedStr):
+            return "".join(text(part) for part in node.values)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            return text(node.left) + text(node.right)
+        return str(node.value) if isinstance(node, ast.Constant) and isinstance(node.value, str) else "…"
+
+    nodes = ast.walk(ast.parse(source.read_text(encoding="utf-8")))
+    return {text(node) for node in nodes if isinstance(node, ast.JoinedStr | ast.BinOp | ast.Constant)}
+
+
+def test_every_message_on_the_page_is_one_that_the_library_says() -> None:
+    said: set[str] = set()
+    for source in (ROOT / "src").rglob("*.py"):
+        said |= texts_of(source)
+    logged = {re.sub(r"%[rsd]", "…", text) for text in said}
+    page = (DOCS / "messages.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^### `(.+)`$", page, flags=re.MULTILINE)
+    assert len(quoted) > 40
+    for message in quoted:
+        pattern = re.compile(".*?".join(map(re.escape, message.split("…"))), re.DOTALL)
+        assert any(map(pattern.match, logged)), message
