@@ -31,8 +31,8 @@ def test_every_public_name_is_on_a_page_of_the_api() -> None:
     assert not (public | of_hosts) - shown
 
 
-@pytest.mark.parametrize("page", sorted((DOCS / "tasks").glob("*.md")), ids=lambda page: page.stem)
-def test_what_the_pages_by_task_show_runs(
+@pytest.mark.parametrize("page", [*sorted((DOCS / "tasks").glob("*.md")), ROOT / "CONTRIBUTING.md"], ids=lambda page: page.stem)
+def test_what_a_page_shows_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.S | re.M)
