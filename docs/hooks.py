@@ -14,10 +14,12 @@ from typing import Any
 
 import griffe
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"\]\(((?:\.\./)+)([\w./-]+)(#[\w-]+)?\)")
+ELSEWHERE = re.compile(r'<(?:script|link|img|iframe)\b[^>]*(?:src|href)="((?:https?:)?//[^"]*)"')
 DOCTEST = re.compile(r"^>>> .*(?:\n.+)*", re.MULTILINE)
 LANGUAGES = {".py": "python", ".toml": "toml", ".yml": "yaml", ".txt": "text"}
 
@@ -46,6 +48,13 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
         return f"]({up}{_place(target)}{found[3] or ''})"
 
     return LINK.sub(moved, markdown)
+
+
+def on_post_page(output: str, *, page: Any, **_: Any) -> str:
+    """Nothing is loaded from elsewhere."""
+    if found := ELSEWHERE.search(output):
+        raise PluginError(f"{page.file.src_uri} loads {found[1]} from elsewhere")
+    return output
 
 
 def _outside(markdown: str, here: str) -> list[Path]:
