@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import takewhile
 from pathlib import Path
 from textwrap import indent
 from typing import Any
@@ -81,7 +82,9 @@ def _added(target: Path, config: MkDocsConfig) -> File:
     if place == f"files/{name}":
         return File.generated(config, place, abs_src_path=str(target))
     text = target.read_text(encoding="utf-8")
-    body = _notebook(text) if name.suffix == ".ipynb" else f"# {name}\n\n{_code(text, LANGUAGES[name.suffix])}"
+    body = (
+        _notebook(text) if name.suffix == ".ipynb" else f"# {name}\n\n{_code(text, LANGUAGES[name.suffix])}"
+    )
     return File.generated(config, place, content=f"---\nsearch:\n  exclude: true\n---\n{body}")
 
 
@@ -95,11 +98,23 @@ def _notebook(text: str) -> str:
     return "\n\n".join(_code(source, "python") if kind == "code" else source for kind, source in cells)
 
 
-class Doctests(griffe.Extension):
-    """Doctests of docstrings are shown as code, whatever stands before them."""
+class Docstrings(griffe.Extension):
+    """What stands in the code beside docstrings: doctests without a heading, and `#:` comments of attributes."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Puts them under a heading that mkdocstrings knows."""
+        """Doctests are shown as code, whatever stands before them."""
         if obj.docstring is not None:
             text = DOCTEST.sub(lambda found: f"Examples:\n{indent(found[0], '    ')}", obj.docstring.value)
             obj.docstring.value = text.replace("  # doctest: +SKIP", "")
+
+    def on_attribute(self, *, attr: griffe.Attribute, **_: Any) -> None:
+        """A comment above an attribute, or behind it, is its docstring."""
+        if attr.docstring is None and attr.lineno is not None and isinstance(attr.filepath, Path):
+            lines = attr.filepath.read_text(encoding="utf-8").splitlines()
+            above = takewhile(lambda line: line.lstrip().startswith("#:"), reversed(lines[: attr.lineno - 1]))
+            own = lines[attr.lineno - 1 : attr.endlineno]
+            said = [
+                line.partition("#:")[2].strip() for line in [*reversed(list(above)), *own] if "#:" in line
+            ]
+            if said:
+                attr.docstring = griffe.Docstring("\n".join(said), parent=attr)

@@ -31,10 +31,24 @@ def test_every_public_name_is_on_a_page_of_the_api() -> None:
     assert not (public | of_hosts) - shown
 
 
-@pytest.mark.parametrize("page", [*sorted((DOCS / "tasks").glob("*.md")), ROOT / "CONTRIBUTING.md"], ids=lambda page: page.stem)
-def test_what_a_page_shows_runs(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_public_name_says_what_it_is() -> None:
+    silent = []
+    for name in decay_pruning.__all__:
+        thing = getattr(decay_pruning, name)
+        if not isinstance(thing, type) and not callable(thing):
+            continue  # a module, or an alias with a comment
+        mine = {name: thing}
+        for method, value in vars(thing).items() if isinstance(thing, type) else ():
+            if not method.startswith("_") and (callable(value) or isinstance(value, property | classmethod)):
+                mine[f"{name}.{method}"] = value
+        silent += [each for each, value in mine.items() if not (value.__doc__ or "").strip()]
+    assert not silent
+
+
+@pytest.mark.parametrize(
+    "page", [*sorted((DOCS / "tasks").glob("*.md")), ROOT / "CONTRIBUTING.md"], ids=lambda page: page.stem
+)
+def test_what_a_page_shows_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.S | re.M)
     assert blocks
     monkeypatch.chdir(tmp_path)
