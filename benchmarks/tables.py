@@ -397,6 +397,15 @@ def cost(path: Path, values: dict[str, Any]) -> str:
     return f"### {path.stem}\n\n{said}\n\n{table(head, cells)}"
 
 
+def tried(path: Path, values: dict[str, Any]) -> str:
+    """One result of `benchmarks/matrix.py`: Python and torch, and whether the tests pass."""
+    rows = values["rows"]
+    cells = [[str(row.get(key, "")) for key in ("python", "torch", "said", "passed")] for row in rows]
+    tests = ", ".join(f"`{name}`" for name in values["tests"])
+    said = made(path, values["machine"], values["versions"], values["command"])
+    return f"## Versions\n\n{said} Tests: {tests}.\n\n{table(['Python', 'torch', '', 'tests passed'], cells, left=3)}"
+
+
 def used(root: Path, files: dict[Path, dict[str, Any]]) -> str:
     """Every recipe, and which results were made with it."""
     rows = []
@@ -439,7 +448,8 @@ def pages(root: Path) -> dict[Path, str]:
     reasons = {path: values for path, values in files.items() if path.name.startswith("causes-")}
     joint = {path: values for path, values in files.items() if path.name.startswith("together-")}
     networks = {path: values for path, values in files.items() if path.stem in ("coverage", "fuzz")}
-    others = {*found, *searches, *diagnoses, *reasons, *joint, *networks}
+    versions = {path: values for path, values in files.items() if path.stem == "matrix"}
+    others = {*found, *searches, *diagnoses, *reasons, *joint, *networks, *versions}
     costs = {path: values for path, values in files.items() if path not in others}
     parts = [HEAD, "## Comparisons", *(comparison(*each) for each in {**final, **found}.items())]
     parts += [SEARCHES, *(search(*each) for each in searches.items())]
@@ -447,7 +457,7 @@ def pages(root: Path) -> dict[Path, str]:
     parts += [together(*each) for each in joint.items()]
     parts += [CAUSES, *(causes(*each) for each in reasons.items())] if reasons else []
     parts += ["## Costs", *(cost(*each) for each in costs.items())]
-    parts += ["## Recipes", used(root, files)]
+    parts += ["## Recipes", used(root, files), *(tried(*each) for each in versions.items())]
     further = {root / "docs" / "networks.md": network_tables.page(networks, table, made)} if networks else {}
     lengths = [root / "results" / f"crepe-{steps}.json" for steps in (250, 500, 1000, 4000)]
     longer = {path: found[path] for path in lengths if path in found}
