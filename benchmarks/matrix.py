@@ -33,9 +33,8 @@ def attempt(python: str, torch: str, tests: list[str]) -> dict[str, object]:
     """One pair: its row of the table."""
     row: dict[str, object] = {"python": python, "torch": torch}
     found = shutil.which(f"python{python}")
-    if (
-        found is None or subprocess.run([found, "-c", ""], capture_output=True).returncode
-    ):  # a shim without one
+    runs = found and not subprocess.run([found, "-c", ""], capture_output=True).returncode  # no empty shim
+    if not found or not runs:
         return {**row, "said": f"not tried: python{python} does not run here"}
     home = ROOT / ".matrix" / f"python{python}-torch{torch}"
     binary, started = home / "bin" / "python", time.monotonic()
