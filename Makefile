@@ -56,4 +56,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis runs
+	rm -rf $(VENV) .matrix build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis runs

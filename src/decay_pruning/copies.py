@@ -63,7 +63,9 @@ def _cut_tensors(state: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor
             continue  # an attribute of a module
         tensor, original = cut.get(name, state.get(name)), history.original[name, dim]
         if not isinstance(tensor, Tensor):
-            raise SurgeryError(f"the state dict has no tensor {name!r}, which was pruned; it is of another model")
+            raise SurgeryError(
+                f"the state dict has no tensor {name!r}, which was pruned; it is of another model"
+            )
         if tensor.dim() <= dim or tensor.shape[dim] != original:
             raise SurgeryError(
                 f"{name!r} is of shape {tuple(tensor.shape)} in the state dict, and the model had {original} along "
