@@ -17,8 +17,6 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -28,6 +26,14 @@ from decay_pruning.hosts import Phase
 from decay_pruning.lab.data import AUGMENTATIONS, Batches, Data
 from decay_pruning.lab.distillation import Distillation, Teacher
 from decay_pruning.lab.task import Split, is_floating
+
+try:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "the lab trains by accelerate: pip install 'decay-pruning[lab]'", name=error.name
+    ) from error
 
 logger = logging.getLogger(__name__)
 
