@@ -107,7 +107,7 @@ class _Written(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         given = kwargs or {}
-        for k, name in _written(func):
+        for k, name in written(func):
             self._save(args[k] if k < len(args) else given.get(name))
         return func(*args, **given)
 
@@ -119,7 +119,7 @@ class _Written(TorchDispatchMode):
 
 
 @cache
-def _written(function: Any) -> tuple[tuple[int, str], ...]:
+def written(function: Any) -> tuple[tuple[int, str], ...]:
     """The arguments that an operator writes to."""
     arguments = enumerate(function._schema.arguments) if hasattr(function, "_schema") else ()
     return tuple((k, a.name) for k, a in arguments if a.alias_info is not None and a.alias_info.is_write)

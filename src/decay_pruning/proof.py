@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from decay_pruning.errors import SurgeryError
 from decay_pruning.keeping import contents, eager
 from decay_pruning.steps import Steps
+from decay_pruning.valueless import beside
 
 log = logging.getLogger(__name__)
 
@@ -42,11 +43,13 @@ WAY_OUT = (
 
 def call(model: nn.Module, example_inputs: Any) -> Any:
     """`model(x)` for a tensor, `model(*x)` for a tuple or list, `model(**x)` for a mapping."""
-    if isinstance(example_inputs, Mapping):
-        return model(**example_inputs)
-    if isinstance(example_inputs, tuple | list):
-        return model(*example_inputs)
-    return model(example_inputs)
+    with beside(model) as as_input:
+        given = example_inputs if as_input is None else mapped(example_inputs, as_input)
+        if isinstance(given, Mapping):
+            return model(**given)
+        if isinstance(given, tuple | list):
+            return model(*given)
+        return model(given)
 
 
 def leaves(output: Any) -> Iterator[Tensor]:
@@ -254,6 +257,8 @@ def _no_tf32() -> Iterator[None]:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
+    if a.is_meta:
+        return a.shape == b.shape
     if a.layout != torch.strided:
         a, b = a.to_dense(), b.to_dense()
     return a.shape == b.shape and bool((a.eq(b) | (a.ne(a) & b.ne(b))).all())

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from decay_pruning import proof, surgery
+from decay_pruning.graph.verification._shrunken import copied, without_value
 from decay_pruning.proof import Settings
 from decay_pruning.structures import Picks, StructureSet
 
@@ -27,7 +26,7 @@ class Shapes:
         self._setting = settings.settings[0]
         self.usable = False
         try:
-            self._twin = _twin(model)
+            self._twin = copied(model, without_value)
             self._before = self._shapes()
             self.usable = True
         except Exception as error:
@@ -51,20 +50,5 @@ class Shapes:
         for module in self._twin.modules():
             module.training = self._setting.training
         with proof.seeded(self._twin):
-            output = proof.call(self._twin, proof.mapped(self._setting.inputs, lambda t: t.to("meta")))
+            output = proof.call(self._twin, self._setting.inputs)
         return [tuple(leaf.shape) for leaf in proof.leaves(output)]
-
-
-def _twin(model: nn.Module) -> nn.Module:
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None and id(tensor) not in memo:
-                memo[id(tensor)] = _empty(tensor)
-    twin: nn.Module = copy.deepcopy(model, memo)
-    return twin
-
-
-def _empty(tensor: Tensor) -> Tensor:
-    new = torch.empty_like(tensor, device="meta")
-    return nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new

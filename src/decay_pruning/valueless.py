@@ -1,0 +1,171 @@
+"""Models without values: parameters on the meta device have shapes only, and a forward pass costs next to nothing.
+
+What a model decides (`if mask.all()`, `range(int(n))`) often has nothing to do with weights. So whatever is made of the
+inputs, of constants and of sizes alone is worked out beside the run, on the CPU, and can be asked for its value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from decay_pruning.keeping import written
+
+#: Values of larger tensors are not worked out.
+_LARGEST = 2**22
+_BY_VALUE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+class NoValueError(RuntimeError):
+    """A model without values has asked for one."""
+
+
+def is_valueless(model: nn.Module) -> bool:
+    """Whether a parameter or buffer of the model is on the meta device."""
+    return any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+
+
+@contextmanager
+def beside(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor] | None]:
+    """Inside, a model without values runs; others run as ever.
+
+    Yields:
+        what makes a tensor an input of a model without values; None for others.
+    """
+    if not is_valueless(model):
+        yield None
+        return
+    mode = _Beside()
+    with mode:
+        yield mode.stand_in
+
+
+class _Beside(TorchDispatchMode):
+    """Runs every operation on shapes, and on values where all that goes in has some."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._values: Any = WeakTensorKeyDictionary()
+
+    def stand_in(self, tensor: Tensor) -> Tensor:
+        """The same without values, which are remembered."""
+        if tensor.is_meta:
+            return tensor
+        with _disable_current_modes():
+            return self._note(tensor.detach().clone())
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = dict(kwargs or {})
+        tensors = [t for t in tree_leaves((args, given)) if isinstance(t, Tensor)]
+        if not tensors and _makes_tensors(func) and given.get("device") is None:
+            given["device"] = torch.device("meta")  # where the weights are
+        if not any(t.is_meta for t in tensors) and not _is_meta(given.get("device")):
+            return func(*args, **given)
+        values = self._run_beside(func, args, given, tensors)
+        if torch.Tag.dynamic_output_shape in getattr(func, "tags", ()) and values is not None:
+            return self._noted(values, given)
+        try:
+            shapes = tree_map(self._shape, (self._indices(func, args), given))
+            out = func(*shapes[0], **shapes[1])
+        except Exception as error:
+            if values is not None:
+                return self._noted(values, given)
+            if _BY_VALUE & set(getattr(func, "tags", ())) or isinstance(error, NotImplementedError):
+                raise NoValueError(
+                    f"the model decides by a value ({func}) that depends on its weights, and these are on the meta "
+                    "device"
+                ) from error
+            raise
+        if values is not None:
+            for mine, value in zip(tree_leaves(out), tree_leaves(values), strict=False):
+                if isinstance(mine, Tensor) and isinstance(value, Tensor) and mine.numel() <= _LARGEST:
+                    self._values[mine] = value
+        return out
+
+    def _run_beside(
+        self, func: Any, args: Sequence[Any], given: dict[str, Any], tensors: Sequence[Tensor]
+    ) -> Any:
+        """What an operation makes of values; None where one of them is not known."""
+        if not hasattr(func, "_schema"):
+            return None
+        numbers = [self._value(t) for t in tensors]
+        if all(number is not None for number in numbers) and _small(args, tensors):
+            args, given = tree_map(lambda x: self._value(x) if isinstance(x, Tensor) else x, (args, given))
+            if _is_meta(given.get("device")):
+                given["device"] = "cpu"
+            with suppress(Exception), _disable_current_modes(), torch.no_grad():
+                return func(*args, **given)
+        for k, name in written(func):
+            self._forget(args[k] if k < len(args) else given.get(name))
+        return None
+
+    def _value(self, tensor: Tensor) -> Tensor | None:
+        if not tensor.is_meta:
+            return tensor
+        found: Tensor | None = self._values.get(tensor)
+        return found
+
+    def _shape(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.is_meta:
+            return value
+        return value.to("meta")
+
+    def _note(self, value: Tensor) -> Tensor:
+        new = value.to("meta")
+        self._values[new] = value
+        return new
+
+    def _noted(self, out: Any, given: Mapping[str, Any]) -> Any:
+        if given.get("device") is not None and not _is_meta(given["device"]):
+            return out  # `x.cpu()`
+        with _disable_current_modes():
+            return tree_map(lambda x: self._note(x) if isinstance(x, Tensor) else x, out)
+
+    def _forget(self, target: Any) -> None:
+        """What was written to by what has no value has none any more, and neither has what shares its memory."""
+        for each in tree_leaves(target):
+            value = self._values.get(each) if isinstance(each, Tensor) else None
+            if value is not None:
+                where = value.untyped_storage().data_ptr()
+                for key in [k for k, v in self._values.items() if v.untyped_storage().data_ptr() == where]:
+                    del self._values[key]
+
+    def _indices(self, func: Any, args: Sequence[Any]) -> Sequence[Any]:
+        """Masks that are known, as lists of positions: how many they are is then known, too."""
+        if func not in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default):
+            return args
+        indices: list[Any] = []
+        for each in args[1]:
+            mask = self._value(each) if isinstance(each, Tensor) and each.dtype == torch.bool else None
+            indices += [each] if mask is None else list(mask.nonzero().unbind(1))
+        return [args[0], indices, *args[2:]]
+
+
+@cache
+def _makes_tensors(function: Any) -> bool:
+    return any(a.name == "device" for a in getattr(getattr(function, "_schema", None), "arguments", ()))
+
+
+def _is_meta(device: Any) -> bool:
+    return device is not None and torch.device(device).type == "meta"
+
+
+def _small(args: Sequence[Any], tensors: Sequence[Tensor]) -> bool:
+    """Whether what goes in, or the size that is asked for, is small."""
+    sizes = [t.numel() for t in tensors]
+    for each in args if not tensors else ():
+        if isinstance(each, list | tuple) and all(isinstance(n, int) for n in each):
+            sizes.append(torch.Size(each).numel())
+    return max(sizes, default=0) <= _LARGEST
