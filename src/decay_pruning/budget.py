@@ -111,7 +111,9 @@ def latency(model: nn.Module, example_inputs: Any, *, repeats: int = 20, warmup:
     repeats, warmup = checked(repeats, Whole, "repeats"), checked(warmup, Count, "warmup")
     model, example_inputs = checked(model, nn.Module, "model"), as_inputs(example_inputs)
     if is_valueless(model):
-        raise ConfigError("the model is on the meta device, where a forward pass computes nothing: no time to measure")
+        raise ConfigError(
+            "the model is on the meta device, where a forward pass computes nothing: no time to measure"
+        )
     times = []
     example_inputs = copied(example_inputs)
     modes = [(module, module.training) for module in model.modules()]

@@ -21,7 +21,6 @@ from decay_pruning.keeping import written
 
 #: Values of larger tensors are not worked out.
 _LARGEST = 2**22
-_BY_VALUE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
 class NoValueError(RuntimeError):
@@ -82,10 +81,10 @@ class _Beside(TorchDispatchMode):
         except Exception as error:
             if values is not None:
                 return self._noted(values, given)
-            if _BY_VALUE & set(getattr(func, "tags", ())) or isinstance(error, NotImplementedError):
+            if isinstance(error, NotImplementedError) or "meta tensor" in str(error):
                 raise NoValueError(
-                    f"the model decides by a value ({func}) that depends on its weights, and these are on the meta "
-                    "device"
+                    f"{func} needs a value that depends on weights, and they are on the meta device; trace a model "
+                    "with weights, such as a small one of the same kind"
                 ) from error
             raise
         if values is not None:

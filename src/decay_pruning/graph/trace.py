@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from decay_pruning import proof
 from decay_pruning.errors import GraphError
+from decay_pruning.graph import sites
 from decay_pruning.graph.attributes import reads
 from decay_pruning.graph.axes import INPUT, Atom, Axes, Axis, Product, Reason, Sum
 from decay_pruning.graph.run import Run
 from decay_pruning.keeping import eager, unwritten
 from decay_pruning.structures import Place, Role
+from decay_pruning.valueless import NoValueError, is_valueless
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +38,10 @@ def trace(model: nn.Module, example_inputs: Sequence[Any]) -> Trace:
         try:
             found.run(example)
         except Exception as error:
+            said = str(error) if isinstance(error, NoValueError) else f"{type(error).__name__}: {error}"
+            meta = "on the meta device " * is_valueless(model)
             raise GraphError(
-                f"the model cannot be traced with these example inputs: {type(error).__name__}: {error}"
+                f"the model cannot be traced {meta}with these example inputs{sites.at(sites.of(error))}: {said}"
             ) from error
     if not found.live & found.parameters.keys():
         raise GraphError(f"{found.silence}, so its layers cannot be traced")

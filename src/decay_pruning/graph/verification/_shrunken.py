@@ -1,7 +1,7 @@
 """A shrunken twin: a small copy of a model without values, with values of its own, on which removals can be tried.
 
-Every width that was found is cut down to a handful of structures, and what is left of the weights is filled at random. A
-layer group that was traced wrongly shows there as it would on the whole model.
+Every width that was found is cut down to a handful of structures, and what is left of the weights is filled at random.
+A layer group that was traced wrongly shows there as it would on the whole model.
 """
 
 from __future__ import annotations

@@ -91,9 +91,7 @@ class _OnTwin:
         self._allow_inexact = allow_inexact
         self.how = "not verified: there is nothing to try"
 
-    def __call__(
-        self, trials: Trials, names: Sequence[str]
-    ) -> tuple[dict[str, LayerGroup], dict[str, str]]:
+    def __call__(self, trials: Trials, names: Sequence[str]) -> tuple[dict[str, LayerGroup], dict[str, str]]:
         groups = trials.structures.groups
         good = {name: groups[name] for name in names}
         if not names:
