@@ -103,7 +103,8 @@ def inspect(
         )
     graph = finder.graph(model, example_inputs)
     costs = CostModel(model, example_inputs, graph.structures)
-    picks, picked = {}, ""
+    picks: Picks = {}
+    picked = ""
     if wanted is not None:
         scene = _scene(model, graph, costs, wanted)
         if host is None and is_valueless(model):

@@ -9,6 +9,7 @@ from torch import nn
 
 from decay_pruning import proof, surgery
 from decay_pruning.graph.verification._shrunken import copied, without_value
+from decay_pruning.keeping import eager
 from decay_pruning.proof import Settings
 from decay_pruning.structures import Picks, StructureSet
 
@@ -49,6 +50,6 @@ class Shapes:
     def _shapes(self) -> list[tuple[int, ...]]:
         for module in self._twin.modules():
             module.training = self._setting.training
-        with proof.seeded(self._twin):
+        with proof.seeded(self._twin), eager():
             output = proof.call(self._twin, self._setting.inputs)
         return [tuple(leaf.shape) for leaf in proof.leaves(output)]

@@ -64,7 +64,13 @@ def twin(model: nn.Module, structures: StructureSet, example_inputs: Any) -> Twi
 
 
 def copied(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A copy of a model with other tensors in the place of its own; what is tied stays tied."""
+    """A copy of a model with other tensors in the place of its own; what is tied stays tied.
+
+    Raises:
+        TypeError: a part of it keeps its tensors to itself.
+    """
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise TypeError("a script cannot be copied with other tensors")
     memo: dict[int, Any] = {}
     for module in model.modules():
         for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
