@@ -6,7 +6,8 @@ inputs, of constants and of sizes alone is worked out beside the run, on the CPU
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
@@ -14,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from decay_pruning.keeping import written
 
@@ -54,7 +53,7 @@ class _Beside(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._values: Any = WeakTensorKeyDictionary()
+        self._values: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
 
     def stand_in(self, tensor: Tensor) -> Tensor:
         """The same without values, which are remembered."""
@@ -66,31 +65,30 @@ class _Beside(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        given = dict(kwargs or {})
-        tensors = [t for t in tree_leaves((args, given)) if isinstance(t, Tensor)]
+        given = dict(kwargs) if kwargs else {}
+        tensors = list(_tensors((*args, *given.values())))
         if not tensors and _makes_tensors(func) and given.get("device") is None:
             given["device"] = torch.device("meta")  # where the weights are
         if not any(t.is_meta for t in tensors) and not _is_meta(given.get("device")):
             return func(*args, **given)
         values = self._run_beside(func, args, given, tensors)
-        if torch.Tag.dynamic_output_shape in getattr(func, "tags", ()) and values is not None:
+        if values is not None and torch.Tag.dynamic_output_shape in func.tags:
             return self._noted(values, given)
         try:
-            shapes = tree_map(self._shape, (self._indices(func, args), given))
-            out = func(*shapes[0], **shapes[1])
+            args = self._positions(func, args)
+            if any(not t.is_meta for t in tensors):
+                args, given = _replaced((args, given), _shape)
+            out = func(*args, **given)
         except Exception as error:
             if values is not None:
                 return self._noted(values, given)
             if isinstance(error, NotImplementedError) or "meta tensor" in str(error):
-                raise NoValueError(
-                    f"{func} needs a value that depends on weights, and they are on the meta device; trace a model "
-                    "with weights, such as a small one of the same kind"
-                ) from error
+                raise _no_value(func) from error
             raise
         if values is not None:
-            for mine, value in zip(tree_leaves(out), tree_leaves(values), strict=False):
-                if isinstance(mine, Tensor) and isinstance(value, Tensor) and mine.numel() <= _LARGEST:
-                    self._values[mine] = value
+            for mine, value in zip(_tensors([out]), _tensors([values]), strict=False):
+                if mine.numel() <= _LARGEST:
+                    self._values[id(mine)] = weakref.ref(mine), value
         return out
 
     def _run_beside(
@@ -99,57 +97,81 @@ class _Beside(TorchDispatchMode):
         """What an operation makes of values; None where one of them is not known."""
         if not hasattr(func, "_schema"):
             return None
-        numbers = [self._value(t) for t in tensors]
-        if all(number is not None for number in numbers) and _small(args, tensors):
-            args, given = tree_map(lambda x: self._value(x) if isinstance(x, Tensor) else x, (args, given))
+        if all(not t.is_meta or self._value(t) is not None for t in tensors) and _small(args, tensors):
+            args, given = _replaced((args, given), self._value)
             if _is_meta(given.get("device")):
                 given["device"] = "cpu"
             with suppress(Exception), _disable_current_modes(), torch.no_grad():
                 return func(*args, **given)
         for k, name in written(func):
-            self._forget(args[k] if k < len(args) else given.get(name))
+            for target in _tensors([args[k] if k < len(args) else given.get(name)]):
+                self._forget(func, target)
         return None
 
     def _value(self, tensor: Tensor) -> Tensor | None:
         if not tensor.is_meta:
             return tensor
-        found: Tensor | None = self._values.get(tensor)
-        return found
-
-    def _shape(self, value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.is_meta:
-            return value
-        return value.to("meta")
+        found = self._values.get(id(tensor))
+        return found[1] if found is not None and found[0]() is tensor else None
 
     def _note(self, value: Tensor) -> Tensor:
         new = value.to("meta")
-        self._values[new] = value
+        self._values[id(new)] = weakref.ref(new), value
         return new
 
     def _noted(self, out: Any, given: Mapping[str, Any]) -> Any:
         if given.get("device") is not None and not _is_meta(given["device"]):
             return out  # `x.cpu()`
         with _disable_current_modes():
-            return tree_map(lambda x: self._note(x) if isinstance(x, Tensor) else x, out)
+            return _replaced(out, self._note)
 
-    def _forget(self, target: Any) -> None:
+    def _forget(self, func: Any, target: Tensor) -> None:
         """What was written to by what has no value has none any more, and neither has what shares its memory."""
-        for each in tree_leaves(target):
-            value = self._values.get(each) if isinstance(each, Tensor) else None
-            if value is not None:
-                where = value.untyped_storage().data_ptr()
-                for key in [k for k, v in self._values.items() if v.untyped_storage().data_ptr() == where]:
-                    del self._values[key]
+        if not target.is_meta:
+            raise _no_value(func)
+        value = self._value(target)
+        if value is not None:
+            where = value.untyped_storage().data_ptr()
+            for key in [k for k, (_, v) in self._values.items() if v.untyped_storage().data_ptr() == where]:
+                del self._values[key]
 
-    def _indices(self, func: Any, args: Sequence[Any]) -> Sequence[Any]:
+    def _positions(self, func: Any, args: Sequence[Any]) -> Sequence[Any]:
         """Masks that are known, as lists of positions: how many they are is then known, too."""
         if func not in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default):
             return args
         indices: list[Any] = []
         for each in args[1]:
             mask = self._value(each) if isinstance(each, Tensor) and each.dtype == torch.bool else None
-            indices += [each] if mask is None else list(mask.nonzero().unbind(1))
+            indices += [each] if mask is None else [_shape(k) for k in mask.nonzero().unbind(1)]
         return [args[0], indices, *args[2:]]
+
+
+def _no_value(func: Any) -> NoValueError:
+    return NoValueError(
+        f"{func} needs a value that depends on weights, and they are on the meta device; trace a model with weights, "
+        "such as a small one of the same kind"
+    )
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for each in values:
+        if isinstance(each, Tensor):
+            yield each
+        elif isinstance(each, list | tuple):
+            yield from _tensors(each)
+
+
+def _replaced(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """Arguments or results of an operation with other tensors."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, list | tuple):
+        return type(value)(_replaced(each, change) for each in value)
+    return {k: _replaced(v, change) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def _shape(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_meta else tensor.to("meta")
 
 
 @cache

@@ -73,8 +73,9 @@ def copied(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
         raise TypeError("a script cannot be copied with other tensors")
     memo: dict[int, Any] = {}
     for module in model.modules():
-        for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
-            if isinstance(value, Tensor) and id(value) not in memo:
+        own = [value for value in vars(module).values() if isinstance(value, Tensor) and value.is_meta]
+        for value in (*module._parameters.values(), *module._buffers.values(), *own):
+            if value is not None and id(value) not in memo:
                 new = change(value)
                 wanted = isinstance(value, nn.Parameter)
                 memo[id(value)] = nn.Parameter(new, value.requires_grad) if wanted else new
@@ -93,8 +94,10 @@ def _all_but(structures: StructureSet, kept: tuple[int, ...]) -> Picks:
 
 
 def without_value(tensor: Tensor) -> Tensor:
-    """A tensor on the meta device in the place of another one."""
-    return torch.empty_like(tensor, device="meta")
+    """A tensor on the meta device in the place of a parameter or a statistic; positions and masks stay."""
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.layout != torch.strided:
+        return torch.empty_like(tensor, device="meta")
+    return tensor.detach().clone()
 
 
 class _Filled:
