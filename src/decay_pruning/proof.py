@@ -599,18 +599,18 @@ class Settings:
                 worst = change, limit, self.settings[k].where
         return worst
 
-    def gradients(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
-        """Per setting in evaluation mode: parameter → |gradient · value| of a random mix of the output."""
+    def gradients(self, model: nn.Module) -> Iterator[tuple[bool, dict[str, Tensor]]]:
+        """Per setting, training mode last: whether it is that, and parameter → |gradient · value| of a random mix of
+        the output."""
         names = {id(p): name for name, p in model.named_parameters()}
-        for setting, moves in zip(self.settings, self.moves, strict=True):
-            if setting.training:
-                continue
+        pairs = zip(self.settings, self.moves, strict=True)
+        for setting, moves in sorted(pairs, key=lambda pair: pair[0].training):
             try:
                 found = _gradients(model, setting, self.dtypes[0], moves)
             except Exception as error:
                 log.debug("no gradients %s: %s", setting.where, first_line(error))
                 continue
-            yield {names[key]: value for key, value in found.items() if key in names}
+            yield setting.training, {names[key]: value for key, value in found.items() if key in names}
 
 
 def _gradients(

@@ -21,11 +21,13 @@ class Shapes:
 
     Attributes:
         usable: the twin runs as the model does; its values decide nothing, and it can be copied.
+        failed_in: name of the innermost module in which the last problem showed, or None.
     """
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         self._setting = settings.settings[0]
         self.usable = False
+        self.failed_in: str | None = None
         try:
             self._twin = copied(model, without_value)
             self._before = self._shapes()
@@ -37,10 +39,12 @@ class Shapes:
         """Why the model does not run without these structures, or None where nothing speaks against it."""
         if not self.usable:
             return None
+        self.failed_in = None
         undo = surgery.shrink(self._twin, structures.kept(picks))
         try:
             after = self._shapes()
         except Exception as error:
+            self.failed_in = self._innermost(error)
             return f"the smaller model does not run ({proof.first_line(error)})"
         finally:
             undo()
@@ -53,3 +57,12 @@ class Shapes:
         with proof.seeded(self._twin), eager():
             output = proof.call(self._twin, self._setting.inputs)
         return [tuple(leaf.shape) for leaf in proof.leaves(output)]
+
+    def _innermost(self, error: BaseException) -> str | None:
+        """The module that ran when an error came up."""
+        names = {id(module): name for name, module in self._twin.named_modules()}
+        found, trace = None, error.__traceback__
+        while trace is not None:
+            found = names.get(id(trace.tb_frame.f_locals.get("self")), found)
+            trace = trace.tb_next
+        return found
