@@ -499,16 +499,26 @@ class Settings:
         settings: example inputs in evaluation mode, random ones in training mode, more where it is `thorough`.
         dtypes: tried in turn until one proves the removal; None is the model's own.
         moves: per setting and tensor, which elements depend on the weights.
+        first: the output in the first setting.
     """
 
     example_inputs: Any
     settings: list[Setting]
     dtypes: list[torch.dtype | None]
     moves: list[list[Tensor]] = field(default_factory=list)
+    first: Output | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, example_inputs: Any, *, thorough: bool = False) -> Settings:
+    def of(
+        cls, model: nn.Module, example_inputs: Any, *, thorough: bool = False, other: Output | None = None
+    ) -> Settings:
         """Find out in which settings the model runs.
+
+        Args:
+            model: the model.
+            example_inputs: for it.
+            thorough: more settings.
+            other: what the model returned on the example inputs with other weights, if that is known.
 
         Raises:
             Exception: what the model raises on the example inputs, in its own dtype.
@@ -519,7 +529,7 @@ class Settings:
         if native != torch.float64:
             dtypes.insert(0, torch.float32)
         trial = cls(example_inputs, [], dtypes)
-        if not trial._add(model, first):
+        if not trial._add(model, first, other):
             trial.dtypes = [None]
             trial._add(model, first)
         drawn = Setting(random_inputs(example_inputs, 1), True, "on random inputs in training mode")
@@ -532,7 +542,7 @@ class Settings:
             trial._add(model, Setting(random_inputs(example_inputs, 2), False, "on random inputs"))
         return trial
 
-    def _add(self, model: nn.Module, setting: Setting) -> bool:
+    def _add(self, model: nn.Module, setting: Setting, other: Output | None = None) -> bool:
         """Take the setting on if the model runs there and says something."""
         try:
             output = self._first(model, setting)
@@ -544,8 +554,10 @@ class Settings:
         if self.settings and not any(bool(leaf.isfinite().any()) for leaf in output.leaves):
             return False
         self.settings.append(setting)
+        self.first = self.first or output
         try:
-            other = _run(model, setting, self.dtypes[0], torch.Generator().manual_seed(0))
+            if other is None or setting.steps or {other.coarsest, output.coarsest} != {self.dtypes[0]}:
+                other = _run(model, setting, self.dtypes[0], torch.Generator().manual_seed(0))
         except Exception:  # other weights lead elsewhere; then every element counts
             other = output
         self.moves.append(moving(output, other))

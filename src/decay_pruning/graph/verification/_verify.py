@@ -65,11 +65,14 @@ def verified(
         small = _OnTwin(example_inputs, allow_inexact)
         run = _Verification(Trials(model, structures, settings), small)
         return run.through(structures, second), small.how
-    _check_output(model, example_inputs)
+    before = _checked_output(model, example_inputs)
     if not structures.groups:
         return structures, TRIALS
-    with proof.stand_ins(model, None, False), _random_values(model, structures, example_inputs):
-        settings = Settings.of(model, example_inputs, thorough=True)
+    with proof.stand_ins(model, None, False), _random_values(model, structures) as put_back:
+        settings = Settings.of(model, example_inputs, thorough=True, other=before)
+        if not _is_finite(settings.first):  # too large for a narrow dtype: the values as they are
+            put_back()
+            settings = Settings.of(model, example_inputs, thorough=True)
         judge = partial(_judged, allow_inexact=allow_inexact)
         run = _Verification(Trials(model, structures, settings), judge)
         return run.through(structures, second), TRIALS
@@ -210,20 +213,21 @@ def _judged(
     return good, bad
 
 
-def _check_output(model: nn.Module, example_inputs: Any) -> None:
-    """The model says something that a removal could be proven by."""
+def _checked_output(model: nn.Module, example_inputs: Any) -> proof.Output:
+    """What the model returns, if a removal could be proven by it."""
     diverged = [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
     if diverged:
         raise GraphError(
             f"the parameter {diverged[0]!r} is not finite ({len(diverged)} in all); has the training diverged?"
         )
-    leaves = proof.observe(model, example_inputs).leaves
-    floating = [leaf for leaf in leaves if leaf.is_floating_point() or leaf.is_complex()]
+    output = proof.observe(model, example_inputs)
+    floating = [leaf for leaf in output.leaves if leaf.is_floating_point() or leaf.is_complex()]
     if not any(leaf.numel() for leaf in floating):
         what = "is empty on the example inputs" if floating else "holds no floating tensor"
         raise GraphError(f"the model's output {what}, so no removal can be proven; {proof.WAY_OUT}")
     if not any(bool(leaf.isfinite().any()) for leaf in floating):
         raise GraphError("the model's output on the example inputs is not finite anywhere")
+    return output
 
 
 def _nature(model: nn.Module, group: LayerGroup) -> str:
@@ -243,10 +247,13 @@ def _nature(model: nn.Module, group: LayerGroup) -> str:
 
 
 @contextmanager
-def _random_values(model: nn.Module, structures: StructureSet, example_inputs: Any) -> Iterator[None]:
+def _random_values(model: nn.Module, structures: StructureSet) -> Iterator[Callable[[], None]]:
     """Perturb all weights and running statistics for a while, so that no zero hides a wrong trace.
 
     A branch that starts at zero (γ = 0, LoRA, adaLN-zero) would make any removal in it look exact.
+
+    Yields:
+        what ends it early.
     """
     buffers = {
         c.tensor for group in structures.groups.values() for c in group.couplings if c.role is Role.BUFFER
@@ -255,17 +262,23 @@ def _random_values(model: nn.Module, structures: StructureSet, example_inputs: A
     tensors += [b for name, b in model.named_buffers() if name in buffers and b.is_floating_point()]
     saved = [(tensor, tensor.data) for tensor in tensors]
     generator = torch.Generator().manual_seed(0)
+
+    def put_back() -> None:
+        for tensor, data in saved:
+            tensor.data = data
+
     try:
         for tensor, data in saved:
             tensor.data = _perturbed(data, generator)
-        leaves = proof.observe(model, example_inputs).leaves
-        if not any(bool(leaf.isfinite().any()) for leaf in leaves if leaf.is_floating_point()):
-            for tensor, data in saved:  # overflow of a narrow dtype: the values as they are
-                tensor.data = data
-        yield
+        yield put_back
     finally:
-        for tensor, data in saved:
-            tensor.data = data
+        put_back()
+
+
+def _is_finite(output: proof.Output | None) -> bool:
+    """Whether any floating value is finite."""
+    leaves = output.leaves if output is not None else ()
+    return any(bool(leaf.isfinite().any()) for leaf in leaves if leaf.is_floating_point())
 
 
 def _perturbed(data: Tensor, generator: torch.Generator) -> Tensor:
