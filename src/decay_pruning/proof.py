@@ -232,6 +232,8 @@ def _seed(seed: int = 0) -> None:
 
 
 def _devices(model: nn.Module) -> list[int]:
+    if not torch.cuda.is_initialized():
+        return []
     tensors = [*model.parameters(), *model.buffers()]
     return sorted({t.device.index for t in tensors if t.device.type == "cuda" and t.device.index is not None})
 

@@ -28,7 +28,11 @@ class NoValueError(RuntimeError):
 
 def is_valueless(model: nn.Module) -> bool:
     """Whether a parameter or buffer of the model is on the meta device."""
-    return any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+    return any(
+        tensor is not None and tensor.is_meta
+        for module in model.modules()
+        for tensor in (*module._parameters.values(), *module._buffers.values())
+    )
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from decay_pruning.graph.axes import (
     unify,
 )
 from decay_pruning.graph.op import Op, is_whole, name_of, tensors
+from decay_pruning.keeping import Written
 
 if TYPE_CHECKING:
     from decay_pruning.graph.trace import Trace
@@ -75,6 +76,7 @@ class Run(TorchDispatchMode):
         super().__init__()
         self.trace = trace
         self.stack: list[nn.Module] = []
+        self.written: Written
         self._seen: dict[int, tuple[Any, _Value]] = {}
 
     @contextmanager
@@ -87,9 +89,11 @@ class Run(TorchDispatchMode):
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             while self.stack and self.stack.pop() is not module:
                 pass
+            if module in self.trace.calls:
+                return
             first = next(proof.leaves(args), None)
             result = next(proof.leaves(output), None)
-            if first is not None and result is not None and module not in self.trace.calls:
+            if first is not None and result is not None:
                 self.trace.calls[module] = self.axes(first), self.axes(result)
 
         handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
@@ -132,10 +136,12 @@ class Run(TorchDispatchMode):
                 parts = func.decompose(*args, **(kwargs or {}))
             if parts is not NotImplemented:
                 return parts
-        result = func(*args, **(kwargs or {}))
-        outputs = [t for t in tensors([result])]
+        given = kwargs or {}
+        self.written.before(func, args, given)
+        result = func(*args, **given)
+        outputs = list(tensors([result]))
         if outputs:
-            self._follow(Op(self, func, args, kwargs or {}, outputs))
+            self._follow(Op(self, func, args, given, outputs))
         return result
 
     def _both(self, holds: Tensor, yes: Any, no: Any, operands: Sequence[Tensor]) -> Any:

@@ -149,7 +149,7 @@ class Trace:
                 if training:
                     for module in self.modules:
                         module.training = True
-                with eager(), unwritten(self.model), run:
+                with eager(), unwritten(self.model, watch=False) as run.written, run:
                     output = proof.call(self.model, example_inputs)
         finally:
             for module, values in kept:
