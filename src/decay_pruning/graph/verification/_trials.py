@@ -145,14 +145,24 @@ class Trials:
         moved, made = self._sensitivity()
         quiet = [name for name in names if not moved.get(name, 0.0) > _REACTION]
         before = [self._seen(k) for k in range(len(self._settings.settings))] if quiet else []
-        dumb = [name for name in quiet if not self._reacts(name, before)]
+        dumb = self._without_reaction(quiet, before)
         return dumb, [name for name in names if name not in dumb and not made.get(name, 0.0)]
 
     def _seen(self, k: int) -> list[proof.Output]:
         return self._settings.observe(self.model, self._settings.dtypes[0], [k])
 
-    def _reacts(self, name: str, before: Sequence[list[proof.Output]]) -> bool:
-        undo = surgery._zero(self.model, self.structures, {name: self.structures.groups[name].ids.tolist()})
+    def _without_reaction(self, names: Sequence[str], before: Sequence[list[proof.Output]]) -> list[str]:
+        """Where nothing shows with all of them at zero, nothing shows with one of them; otherwise by halves."""
+        if not names or not self._reacts(names, before):
+            return list(names)
+        if len(names) == 1:
+            return []
+        half = len(names) // 2
+        return [n for part in (names[:half], names[half:]) for n in self._without_reaction(part, before)]
+
+    def _reacts(self, names: Sequence[str], before: Sequence[list[proof.Output]]) -> bool:
+        every = {name: self.structures.groups[name].ids.tolist() for name in names}
+        undo = surgery._zero(self.model, self.structures, every)
         try:
             return any(
                 self._settings.change(seen, self._seen(k), [k])[0] > _REACTION
