@@ -90,6 +90,47 @@ def test_of_every_kind(name: str) -> None:
     assert widths(Graph(on_meta(model), x, **KINDS[name].options)) == KINDS[name].groups
 
 
+def couplings(graph: Graph) -> dict[tuple[str, str, int], tuple[str, list[int], list[int]]]:
+    return {
+        (name, c.tensor, c.dim): (c.role, c.owner.tolist(), c.position.tolist())
+        for name, group in graph.structures.groups.items()
+        for c in group.couplings
+    }
+
+
+class Auxiliary(nn.Module):
+    """A head that runs in training only, with a norm of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.beside = nn.Sequential(nn.Conv2d(8, 7, 1), nn.BatchNorm2d(7), nn.Conv2d(7, 2, 1))
+        self.head = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.norm(self.stem(x)).relu()
+        out = self.head(y).mean((2, 3))
+        return (out, self.beside(y).mean((2, 3))) if self.training else out
+
+
+def test_batch_norms_and_auxiliary_heads_on_meta() -> None:
+    model, x = Auxiliary(), image(2, 3, 6, 6)
+    assert couplings(Graph(on_meta(model), x)) == couplings(Graph(model, x))
+    with pytest.raises(DecayPruningError):  # and a batch-norm still checks its width
+        measure(on_meta(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(7))), x)
+
+
+@pytest.mark.parametrize("name", ["auxiliary", *list(KINDS)[::7]])
+def test_training_mode_is_traced_alike_on_shapes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = (Auxiliary(), image(2, 3, 6, 6)) if name == "auxiliary" else built(KINDS[name])
+    found = []
+    for heavy in (2**60, -1):
+        monkeypatch.setattr("decay_pruning.graph.trace._HEAVY", heavy)
+        graph = Graph(model, x, verify=False)
+        found.append((couplings(graph), dict(graph.structures.unprunable)))
+    assert found[0] == found[1]
+
+
 def test_inputs_on_the_meta_device() -> None:
     model = small()
     assert widths(Graph(on_meta(model), words().to("meta"))) == widths(Graph(model, words()))

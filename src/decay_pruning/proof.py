@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from decay_pruning.errors import SurgeryError
 from decay_pruning.keeping import contents, eager
 from decay_pruning.steps import Steps
-from decay_pruning.valueless import beside
+from decay_pruning.valueless import Shapes, beside
 
 log = logging.getLogger(__name__)
 
@@ -41,9 +41,9 @@ WAY_OUT = (
 # --------------------------------------------------------------------------------------- inputs and outputs
 
 
-def call(model: nn.Module, example_inputs: Any) -> Any:
+def call(model: nn.Module, example_inputs: Any, shapes: Shapes | None = None) -> Any:
     """`model(x)` for a tensor, `model(*x)` for a tuple or list, `model(**x)` for a mapping."""
-    with beside(model) as as_input:
+    with beside(model, shapes) as as_input:
         given = example_inputs if as_input is None else mapped(example_inputs, as_input)
         if isinstance(given, Mapping):
             return model(**given)
@@ -274,12 +274,14 @@ def stand_ins(
     *,
     grad: bool = False,
     noise: torch.Generator | None = None,
+    make: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[dict[int, Tensor]]:
     """Copies in place of all parameters and buffers, in another dtype; afterwards every module is as it was.
 
     Args:
         grad: record gradients for the parameters.
         noise: scale every parameter by a factor of its own, 1 ± 0.2.
+        make: what makes them, if they are no copies.
 
     Yields:
         identity of a parameter or buffer → its copy.
@@ -291,7 +293,7 @@ def stand_ins(
 
     def copy(tensor: Tensor, parameter: bool) -> Tensor:
         if id(tensor) not in copies:
-            new = cast(tensor.detach(), dtype, copy=True)
+            new = make(tensor) if make is not None else cast(tensor.detach(), dtype, copy=True)
             if noise is not None and parameter and new.is_floating_point():
                 new.mul_(float(torch.empty(1).uniform_(0.8, 1.2, generator=noise)))
             wants = (grad or tensor.requires_grad) and (new.is_floating_point() or new.is_complex())

@@ -36,21 +36,24 @@ def is_valueless(model: nn.Module) -> bool:
 
 
 @contextmanager
-def beside(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor] | None]:
+def beside(model: nn.Module, shapes: Shapes | None = None) -> Iterator[Callable[[Tensor], Tensor] | None]:
     """Inside, a model without values runs; others run as ever.
+
+    Args:
+        model: the model.
+        shapes: what is known of its values already.
 
     Yields:
         what makes a tensor an input of a model without values; None for others.
     """
-    if not is_valueless(model):
+    if shapes is None and not is_valueless(model):
         yield None
         return
-    mode = _Beside()
-    with mode:
+    with shapes or Shapes() as mode:
         yield mode.stand_in
 
 
-class _Beside(TorchDispatchMode):
+class Shapes(TorchDispatchMode):
     """Runs every operation on shapes, and on values where all that goes in has some."""
 
     supports_higher_order_operators = True
@@ -58,6 +61,14 @@ class _Beside(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._values: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
+        #: Identity of a parameter or buffer → what stands for it, also where the code finds it elsewhere.
+        self.known: Mapping[int, Tensor] = {}
+
+    def weight(self, tensor: Tensor) -> Tensor:
+        """What stands for a parameter or buffer. Positions, masks and counters keep their values."""
+        if tensor.is_floating_point() or tensor.is_complex():
+            return torch.empty_like(tensor, device="meta")
+        return self.stand_in(tensor)
 
     def stand_in(self, tensor: Tensor) -> Tensor:
         """The same without values, which are remembered."""
@@ -81,8 +92,9 @@ class _Beside(TorchDispatchMode):
         try:
             args = self._positions(func, args)
             if any(not t.is_meta for t in tensors):
-                args, given = _replaced((args, given), _shape)
-            out = _QUICK.get(func, func)(*args, **given)
+                args, given = _replaced((args, given), self._shape)
+            below = torch._C._len_torch_dispatch_stack()  # modes that have to see the operation
+            out = func(*args, **given) if below else on_shapes(func, args, given)
         except Exception as error:
             if values is not None:
                 return self._noted(values, given)
@@ -118,6 +130,15 @@ class _Beside(TorchDispatchMode):
         found = self._values.get(id(tensor))
         return found[1] if found is not None and found[0]() is tensor else None
 
+    def _shape(self, tensor: Tensor) -> Tensor:
+        return (
+            tensor
+            if tensor.is_meta
+            else self.known[id(tensor)]
+            if id(tensor) in self.known
+            else tensor.to("meta")
+        )
+
     def _note(self, value: Tensor) -> Tensor:
         new = value.to("meta")
         self._values[id(new)] = weakref.ref(new), value
@@ -146,7 +167,7 @@ class _Beside(TorchDispatchMode):
         indices: list[Any] = []
         for each in args[1]:
             mask = self._value(each) if isinstance(each, Tensor) and each.dtype == torch.bool else None
-            indices += [each] if mask is None else [_shape(k) for k in mask.nonzero().unbind(1)]
+            indices += [each] if mask is None else [k.to("meta") for k in mask.nonzero().unbind(1)]
         return [args[0], indices, *args[2:]]
 
 
@@ -162,6 +183,12 @@ def _batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: An
 
 #: Shapes of operators for which torch's own way is slow.
 _QUICK: dict[Any, Callable[..., Any]] = {torch.ops.aten.native_batch_norm.default: _batch_norm}
+
+
+def on_shapes(func: Any, args: Sequence[Any], given: Mapping[str, Any]) -> Any:
+    """Run an operation, on the meta device in the quickest way."""
+    quick = _QUICK.get(func)
+    return func(*args, **given) if quick is None or not args[0].is_meta else quick(*args, **given)
 
 
 def _no_value(func: Any) -> NoValueError:
@@ -186,10 +213,6 @@ def _replaced(value: Any, change: Callable[[Tensor], Any]) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(_replaced(each, change) for each in value)
     return {k: _replaced(v, change) for k, v in value.items()} if isinstance(value, dict) else value
-
-
-def _shape(tensor: Tensor) -> Tensor:
-    return tensor if tensor.is_meta else tensor.to("meta")
 
 
 @cache

@@ -34,6 +34,7 @@ from decay_pruning.graph.axes import (
 )
 from decay_pruning.graph.op import Op, is_whole, name_of, tensors
 from decay_pruning.keeping import Written
+from decay_pruning.valueless import on_shapes
 
 if TYPE_CHECKING:
     from decay_pruning.graph.trace import Trace
@@ -77,6 +78,7 @@ class Run(TorchDispatchMode):
         self.trace = trace
         self.stack: list[nn.Module] = []
         self.written: Written
+        self.operations = self.products = 0
         self._seen: dict[int, tuple[Any, _Value]] = {}
 
     @contextmanager
@@ -138,11 +140,19 @@ class Run(TorchDispatchMode):
                 return parts
         given = kwargs or {}
         self.written.before(func, args, given)
-        result = func(*args, **given)
+        result = on_shapes(func, args, given)
         outputs = list(tensors([result]))
         if outputs:
+            self._weigh(args, outputs[0])
             self._follow(Op(self, func, args, given, outputs))
         return result
+
+    def _weigh(self, args: Sequence[Any], output: Tensor) -> None:
+        """How much arithmetic there is in an operation with a weight, roughly."""
+        self.operations += 1
+        for each in args[:3]:
+            if isinstance(each, Tensor) and each.ndim > 1 and id(each) in self.trace._tensors:
+                self.products += output.numel() * each.numel() // max(1, each.shape[0])
 
     def _both(self, holds: Tensor, yes: Any, no: Any, operands: Sequence[Tensor]) -> Any:
         """The branches of `torch.cond`: what they return is one, whichever is taken."""
