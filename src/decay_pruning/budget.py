@@ -24,6 +24,7 @@ from decay_pruning.keeping import contents
 from decay_pruning.proof import copied
 from decay_pruning.structures import Picks, Place, Role, StructureSet
 from decay_pruning.surgery import call
+from decay_pruning.valueless import is_valueless
 
 
 @dataclass(frozen=True)
@@ -105,10 +106,14 @@ def latency(model: nn.Module, example_inputs: Any, *, repeats: int = 20, warmup:
         warmup: passes before those.
 
     Raises:
-        ConfigError: repeats is below 1, or warmup below 0.
+        ConfigError: repeats is below 1, warmup below 0, or the model on the meta device.
     """
     repeats, warmup = checked(repeats, Whole, "repeats"), checked(warmup, Count, "warmup")
     model, example_inputs = checked(model, nn.Module, "model"), as_inputs(example_inputs)
+    if is_valueless(model):
+        raise ConfigError(
+            "the model is on the meta device, where a forward pass computes nothing: no time to measure"
+        )
     times = []
     example_inputs = copied(example_inputs)
     modes = [(module, module.training) for module in model.modules()]

@@ -29,6 +29,7 @@ _MANY = 1000
 def contents(modules: Iterable[nn.Module]) -> Callable[[], None]:
     """Note what is in the lists, dictionaries, objects and generators that hang on modules. Returns a way back."""
     tables: list[tuple[Any, dict[str, Any]]] = []
+    empty: list[Any] = []
     undo: list[Callable[[], None]] = []
     seen: set[int] = set()
 
@@ -58,8 +59,10 @@ def contents(modules: Iterable[nn.Module]) -> Callable[[], None]:
         for table in (module._parameters, module._buffers, module._modules):
             tables.append((table, dict(table)))
         for name in _HOOKS:  # a model can hook itself when it first runs, and remember that in an attribute
-            if (hooks := module.__dict__.get(name)) is not None:
+            if hooks := module.__dict__.get(name):
                 tables.append((hooks, dict(hooks)))
+            elif hooks is not None:
+                empty.append(hooks)
         for name, value in vars(module).items():
             if type(value) not in _PLAIN and name not in _OF_TORCH:
                 note(value, 1)
@@ -67,6 +70,8 @@ def contents(modules: Iterable[nn.Module]) -> Callable[[], None]:
     def put_back() -> None:
         for table, old in tables:
             _fill(table, old)
+        for table in empty:
+            table.clear()
         for take in undo:
             take()
 
@@ -93,8 +98,11 @@ def _set_state(generator: torch.Generator, state: Tensor) -> None:
     generator.set_state(state)
 
 
-class _Written(TorchDispatchMode):
-    """Saves a parameter before the model writes to it: by a copy in place, through `.data`, through a view."""
+class Written(TorchDispatchMode):
+    """Saves a parameter before the model writes to it: by a copy in place, through `.data`, through a view.
+
+    Another mode that sees all operations can say so itself, by `before`, which is quicker than one mode more.
+    """
 
     supports_higher_order_operators = True
 
@@ -106,10 +114,13 @@ class _Written(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        given = kwargs or {}
-        for k, name in _written(func):
+        self.before(func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+    def before(self, func: Any, args: Sequence[Any], given: Mapping[str, Any]) -> None:
+        """An operation is about to run."""
+        for k, name in written(func):
             self._save(args[k] if k < len(args) else given.get(name))
-        return func(*args, **given)
 
     def _save(self, target: Any) -> None:
         for each in target if isinstance(target, list | tuple) else [target]:
@@ -119,7 +130,7 @@ class _Written(TorchDispatchMode):
 
 
 @cache
-def _written(function: Any) -> tuple[tuple[int, str], ...]:
+def written(function: Any) -> tuple[tuple[int, str], ...]:
     """The arguments that an operator writes to."""
     arguments = enumerate(function._schema.arguments) if hasattr(function, "_schema") else ()
     return tuple((k, a.name) for k, a in arguments if a.alias_info is not None and a.alias_info.is_write)
@@ -133,15 +144,19 @@ def _storage(tensor: Tensor) -> int:
 
 
 @contextmanager
-def unwritten(model: nn.Module) -> Iterator[None]:
-    """Parameters that the model writes to inside (clipped, merged, with gradients) are as they were afterwards."""
-    written = _Written(model)
+def unwritten(model: nn.Module, *, watch: bool = True) -> Iterator[Written]:
+    """Parameters that the model writes to inside (clipped, merged, with gradients) are as they were afterwards.
+
+    Args:
+        watch: see what is written; otherwise what this yields has to be told.
+    """
+    written = Written(model)
     before = [(p, p.data, p.grad, p.requires_grad) for p in model.parameters()]
     try:
         for parameter, _, _, _ in before:
             parameter.grad = None  # what is inside must not add to it
-        with written:
-            yield
+        with written if watch else nullcontext():
+            yield written
     finally:
         for parameter, data, grad, wanted in before:
             if parameter.data.data_ptr() != data.data_ptr():

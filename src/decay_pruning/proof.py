@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from decay_pruning.errors import SurgeryError
 from decay_pruning.keeping import contents, eager
 from decay_pruning.steps import Steps
+from decay_pruning.valueless import Shapes, beside
 
 log = logging.getLogger(__name__)
 
@@ -40,13 +41,15 @@ WAY_OUT = (
 # --------------------------------------------------------------------------------------- inputs and outputs
 
 
-def call(model: nn.Module, example_inputs: Any) -> Any:
+def call(model: nn.Module, example_inputs: Any, shapes: Shapes | None = None) -> Any:
     """`model(x)` for a tensor, `model(*x)` for a tuple or list, `model(**x)` for a mapping."""
-    if isinstance(example_inputs, Mapping):
-        return model(**example_inputs)
-    if isinstance(example_inputs, tuple | list):
-        return model(*example_inputs)
-    return model(example_inputs)
+    with beside(model, shapes) as as_input:
+        given = example_inputs if as_input is None else mapped(example_inputs, as_input)
+        if isinstance(given, Mapping):
+            return model(**given)
+        if isinstance(given, tuple | list):
+            return model(*given)
+        return model(given)
 
 
 def leaves(output: Any) -> Iterator[Tensor]:
@@ -229,6 +232,8 @@ def _seed(seed: int = 0) -> None:
 
 
 def _devices(model: nn.Module) -> list[int]:
+    if not torch.cuda.is_initialized():
+        return []
     tensors = [*model.parameters(), *model.buffers()]
     return sorted({t.device.index for t in tensors if t.device.type == "cuda" and t.device.index is not None})
 
@@ -254,6 +259,8 @@ def _no_tf32() -> Iterator[None]:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
+    if a.is_meta:
+        return a.shape == b.shape
     if a.layout != torch.strided:
         a, b = a.to_dense(), b.to_dense()
     return a.shape == b.shape and bool((a.eq(b) | (a.ne(a) & b.ne(b))).all())
@@ -267,12 +274,14 @@ def stand_ins(
     *,
     grad: bool = False,
     noise: torch.Generator | None = None,
+    make: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[dict[int, Tensor]]:
     """Copies in place of all parameters and buffers, in another dtype; afterwards every module is as it was.
 
     Args:
         grad: record gradients for the parameters.
         noise: scale every parameter by a factor of its own, 1 ± 0.2.
+        make: what makes them, if they are no copies.
 
     Yields:
         identity of a parameter or buffer → its copy.
@@ -284,7 +293,7 @@ def stand_ins(
 
     def copy(tensor: Tensor, parameter: bool) -> Tensor:
         if id(tensor) not in copies:
-            new = cast(tensor.detach(), dtype, copy=True)
+            new = make(tensor) if make is not None else cast(tensor.detach(), dtype, copy=True)
             if noise is not None and parameter and new.is_floating_point():
                 new.mul_(float(torch.empty(1).uniform_(0.8, 1.2, generator=noise)))
             wants = (grad or tensor.requires_grad) and (new.is_floating_point() or new.is_complex())
@@ -494,16 +503,26 @@ class Settings:
         settings: example inputs in evaluation mode, random ones in training mode, more where it is `thorough`.
         dtypes: tried in turn until one proves the removal; None is the model's own.
         moves: per setting and tensor, which elements depend on the weights.
+        first: the output in the first setting.
     """
 
     example_inputs: Any
     settings: list[Setting]
     dtypes: list[torch.dtype | None]
     moves: list[list[Tensor]] = field(default_factory=list)
+    first: Output | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, example_inputs: Any, *, thorough: bool = False) -> Settings:
+    def of(
+        cls, model: nn.Module, example_inputs: Any, *, thorough: bool = False, other: Output | None = None
+    ) -> Settings:
         """Find out in which settings the model runs.
+
+        Args:
+            model: the model.
+            example_inputs: for it.
+            thorough: more settings.
+            other: what the model returned on the example inputs with other weights, if that is known.
 
         Raises:
             Exception: what the model raises on the example inputs, in its own dtype.
@@ -514,7 +533,7 @@ class Settings:
         if native != torch.float64:
             dtypes.insert(0, torch.float32)
         trial = cls(example_inputs, [], dtypes)
-        if not trial._add(model, first):
+        if not trial._add(model, first, other):
             trial.dtypes = [None]
             trial._add(model, first)
         drawn = Setting(random_inputs(example_inputs, 1), True, "on random inputs in training mode")
@@ -527,7 +546,7 @@ class Settings:
             trial._add(model, Setting(random_inputs(example_inputs, 2), False, "on random inputs"))
         return trial
 
-    def _add(self, model: nn.Module, setting: Setting) -> bool:
+    def _add(self, model: nn.Module, setting: Setting, other: Output | None = None) -> bool:
         """Take the setting on if the model runs there and says something."""
         try:
             output = self._first(model, setting)
@@ -539,8 +558,10 @@ class Settings:
         if self.settings and not any(bool(leaf.isfinite().any()) for leaf in output.leaves):
             return False
         self.settings.append(setting)
+        self.first = self.first or output
         try:
-            other = _run(model, setting, self.dtypes[0], torch.Generator().manual_seed(0))
+            if other is None or setting.steps or {other.coarsest, output.coarsest} != {self.dtypes[0]}:
+                other = _run(model, setting, self.dtypes[0], torch.Generator().manual_seed(0))
         except Exception:  # other weights lead elsewhere; then every element counts
             other = output
         self.moves.append(moving(output, other))
@@ -594,18 +615,18 @@ class Settings:
                 worst = change, limit, self.settings[k].where
         return worst
 
-    def gradients(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
-        """Per setting in evaluation mode: parameter → |gradient · value| of a random mix of the output."""
+    def gradients(self, model: nn.Module) -> Iterator[tuple[bool, dict[str, Tensor]]]:
+        """Per setting, training mode last: whether it is that, and parameter → |gradient · value| of a random mix of
+        the output."""
         names = {id(p): name for name, p in model.named_parameters()}
-        for setting, moves in zip(self.settings, self.moves, strict=True):
-            if setting.training:
-                continue
+        pairs = zip(self.settings, self.moves, strict=True)
+        for setting, moves in sorted(pairs, key=lambda pair: pair[0].training):
             try:
                 found = _gradients(model, setting, self.dtypes[0], moves)
             except Exception as error:
                 log.debug("no gradients %s: %s", setting.where, first_line(error))
                 continue
-            yield {names[key]: value for key, value in found.items() if key in names}
+            yield setting.training, {names[key]: value for key, value in found.items() if key in names}
 
 
 def _gradients(

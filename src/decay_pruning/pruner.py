@@ -31,6 +31,7 @@ from decay_pruning.progress import Progress, PruningReport
 from decay_pruning.rectify import SelfRectifying
 from decay_pruning.state import unwrapped
 from decay_pruning.structures import Picks, StructureSet
+from decay_pruning.valueless import is_valueless
 
 logger = logging.getLogger("decay_pruning")
 
@@ -190,7 +191,9 @@ class Pruner:
 
     def plan(self) -> Plan:
         """What the host would pick for the whole target now; nothing is touched."""
-        return Plan.of(self.structures, self._picker.pick(self._scene(), self._goal(1.0)), self._costs)
+        picks = self._picker.pick(self._scene(), self._goal(1.0))
+        by = f"by {type(self.host).__name__}"
+        return Plan.of(self.structures, picks, self._costs, verified=self.graph.verified, picked=by)
 
     def finish(self, *, force: bool = False) -> PruningReport:
         """End pruning: check the target, take the hooks off the optimizer, and report.
@@ -587,6 +590,11 @@ class Pruner:
         return {name: p for name, p in self._parameters.items() if name in touched}
 
     def _check(self, model: nn.Module) -> None:
+        if is_valueless(model):
+            raise ConfigError(
+                "the model is on the meta device (all or parts of it), so it has no weights to train; "
+                "inspect(model, inputs, target=…) makes a plan without them, and a pruner needs the model itself"
+            )
         if isinstance(self.smooth.steps, float) and self.total_steps is None:
             raise ConfigError(
                 f"smooth.steps = {self.smooth.steps:.3g} is a share of the training that is left: pass total_steps "

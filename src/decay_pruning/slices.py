@@ -307,7 +307,10 @@ class SliceBatch:
                     found.setdefault(c.place, []).append((c.position[chosen], mine[chosen]))
         self.slots = len(self.keys)
 
-        every = [_merge(place, parts, found, tensors) for place, parts in found.items()]
+        of_tensor: dict[str, dict[int, list[tuple[Tensor, Tensor]]]] = {}
+        for (name, dim), parts in found.items():
+            of_tensor.setdefault(name, {})[dim] = parts
+        every = [_merge(place, of_tensor[place[0]], tensors) for place in found]
         small = [each for each in every if _is_small(tensors[each.tensor])]
         small.sort(key=lambda each: (len(each.lower), each.tensor, each.dim))
         large = [each for each in every if not _is_small(tensors[each.tensor])]
@@ -493,20 +496,17 @@ def _is_small(tensor: Tensor) -> bool:
 
 
 def _merge(
-    place: Place,
-    parts: list[tuple[Tensor, Tensor]],
-    found: Mapping[Place, list[tuple[Tensor, Tensor]]],
-    tensors: Mapping[str, Tensor],
+    place: Place, found: Mapping[int, list[tuple[Tensor, Tensor]]], tensors: Mapping[str, Tensor]
 ) -> _Chosen:
-    """All that is chosen at one place, by ascending position."""
+    """All that is chosen at one place, by ascending position; `found` is what is chosen in its tensor, by dimension."""
     name, dim = place
-    position = torch.cat([p for p, _ in parts])
-    slot = torch.cat([s for _, s in parts])
+    position = torch.cat([p for p, _ in found[dim]])
+    slot = torch.cat([s for _, s in found[dim]])
     order = torch.argsort(position)
     lower = []
-    for other, there in sorted(p for p in found if p[0] == name and p[1] < dim):
-        slots = torch.full((tensors[other].shape[there],), -1, dtype=torch.int64)
-        for p, s in found[other, there]:
+    for there in sorted(d for d in found if d < dim):
+        slots = torch.full((tensors[name].shape[there],), -1, dtype=torch.int64)
+        for p, s in found[there]:
             slots[p] = s
         lower.append((there, slots))
     return _Chosen(name, dim, position[order], slot[order], tuple(lower))

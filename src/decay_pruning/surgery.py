@@ -133,7 +133,11 @@ def parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     """
     path, _, leaf = name.rpartition(".")
     try:
-        return model.get_submodule(path), leaf
+        module = model
+        for part in path.split(".") if path else ():
+            inner = module._modules.get(part)
+            module = module.get_submodule(part) if inner is None else inner
+        return module, leaf
     except AttributeError:
         raise SurgeryError(f"the model has no module {path!r} (needed for {name!r})") from None
 
@@ -145,6 +149,9 @@ def lookup(model: nn.Module, name: str) -> Any:
         SurgeryError: no such name.
     """
     module, leaf = parent(model, name)
+    tensor = module._parameters.get(leaf)
+    if tensor is not None:
+        return tensor
     if not hasattr(module, leaf):
         raise SurgeryError(f"the model has no parameter, buffer or attribute {name!r}")
     return getattr(module, leaf)

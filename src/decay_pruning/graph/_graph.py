@@ -32,6 +32,7 @@ class Graph:
 
     Attributes:
         structures: layer groups as traced and verified, in the order of the model, and what is unprunable.
+        verified: how they were verified, in words.
     """
 
     def __init__(
@@ -77,8 +78,11 @@ class Graph:
         choices.name_heads(found, heads, lambda name: _no_heads(found, name))
         proposals = Proposals(found, allow_inexact)
         structures = proposals.first() if verify else proposals.assembly.structures
+        self.verified = "not verified, as asked"
         if verify:
-            structures = verified(model, structures, example_inputs, allow_inexact, proposals.second)
+            structures, self.verified = verified(
+                model, structures, example_inputs, allow_inexact, proposals.second
+            )
             structures = proposals.located(structures)
         if not allow_inexact:
             structures = demote(structures)

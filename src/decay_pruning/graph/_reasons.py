@@ -28,10 +28,11 @@ def named(trace: Trace, structures: StructureSet, shared: Mapping[str, str]) -> 
         c.tensor for group in structures.groups.values() for c in group.couplings if c.role is not Role.COLUMN
     }
     names = {id(p): name for name, p in trace.model.named_parameters()}
-    for name, module in trace.model.named_modules():
+    attentions = {n for m, n in trace.modules.items() if isinstance(m, nn.MultiheadAttention)}
+    for module, name in trace.modules.items():
         weights = [names[id(p)] for p in module.parameters(recurse=False) if p.ndim > 1]
         key = name or (weights[0] if weights else "")
-        whole = _attention_above(trace.model, name)
+        whole = _attention_above(attentions, name)
         key = owner_of(f"{key}.original") if weights and ".parametrizations." in f".{key}." else key
         if (
             not weights
@@ -51,12 +52,10 @@ def named(trace: Trace, structures: StructureSet, shared: Mapping[str, str]) -> 
     return said
 
 
-def _attention_above(model: nn.Module, name: str) -> str | None:
-    while name:
-        name = name.rpartition(".")[0]
-        if isinstance(model.get_submodule(name), nn.MultiheadAttention):
-            return name
-    return None
+def _attention_above(attentions: set[str], name: str) -> str | None:
+    parts = name.split(".")
+    whole = (".".join(parts[:k]) for k in range(len(parts) - 1, -1, -1))
+    return next((each for each in whole if each in attentions), None) if name else None
 
 
 def _of_weights(trace: Trace, weights: list[str]) -> str:

@@ -96,10 +96,15 @@ class Sum(Axis):
 
 
 def find(axis: Axis) -> Axis:
-    """What an axis is by now."""
-    while isinstance(axis, Atom) and axis.bound is not None:
-        axis = axis.bound
-    return axis
+    """What an axis is by now. Atoms on the way are bound to it: a residual stream makes long chains of them."""
+    if not isinstance(axis, Atom) or axis.bound is None:
+        return axis
+    found = axis.bound
+    while isinstance(found, Atom) and found.bound is not None:
+        found = found.bound
+    while isinstance(axis, Atom) and axis.bound is not None and axis.bound is not found:
+        axis.bound, axis = found, axis.bound
+    return found
 
 
 def product(*axes: Axis) -> Axis:

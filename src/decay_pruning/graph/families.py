@@ -34,11 +34,13 @@ class _Family:
     def group(self, name: str) -> LayerGroup:
         found = []
         for (tensor, d), (role, owners, positions) in self.places.items():
-            position, owner = np.concatenate(positions), np.concatenate(owners)
-            order = np.argsort(position, kind="stable")
-            found.append(
-                Coupling(tensor, d, role, torch.from_numpy(owner[order]), torch.from_numpy(position[order]))
-            )
+            position, owner = positions[0], owners[0]
+            if len(positions) > 1:
+                position, owner = np.concatenate(positions), np.concatenate(owners)
+            if bool((position[1:] < position[:-1]).any()):
+                order = np.argsort(position, kind="stable")
+                position, owner = position[order], owner[order]
+            found.append(Coupling(tensor, d, role, torch.tensor(owner), torch.tensor(position)))
         return LayerGroup(name, torch.arange(self.atom.size), tuple(found), self.atom.mixed)
 
     def producers(self, aliases: Mapping[str, Sequence[str]]) -> list[str]:

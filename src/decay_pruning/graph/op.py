@@ -50,6 +50,8 @@ class Op:
         self.trace = run.trace
         self.module = run.stack[-1] if run.stack else None
         self._run = run
+        self._site: str | None = None
+        self._made: Reason | None = None
 
     def __getitem__(self, argument: str) -> Any:
         return self.arguments[argument]
@@ -87,7 +89,9 @@ class Op:
 
     def fixed(self, size: int) -> Axis:
         """A new axis that never loses a position."""
-        return Atom(size, Reason(UNIT, f"is a size that {self.name} makes{sites.at(self.site())}"))
+        if self._made is None:
+            self._made = Reason(UNIT, f"is a size that {self.name} makes{sites.at(self.site())}")
+        return Atom(size, self._made)
 
     def made(self, tensor: Tensor) -> Axes:
         """A new tensor: as wide as the code says."""
@@ -108,7 +112,8 @@ class Op:
 
     def site(self) -> str:
         """Where in the user's code this is, or in which of torch's layers."""
-        return self._run.site()
+        self._site = self._site or self._run.site()
+        return self._site
 
     def role(self, axis: Axis, role: Role) -> None:
         self.trace.note_role(axis, role)

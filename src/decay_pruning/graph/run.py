@@ -33,6 +33,8 @@ from decay_pruning.graph.axes import (
     unify,
 )
 from decay_pruning.graph.op import Op, is_whole, name_of, tensors
+from decay_pruning.keeping import Written
+from decay_pruning.valueless import on_shapes
 
 if TYPE_CHECKING:
     from decay_pruning.graph.trace import Trace
@@ -75,6 +77,8 @@ class Run(TorchDispatchMode):
         super().__init__()
         self.trace = trace
         self.stack: list[nn.Module] = []
+        self.written: Written
+        self.operations = self.products = 0
         self._seen: dict[int, tuple[Any, _Value]] = {}
 
     @contextmanager
@@ -87,9 +91,11 @@ class Run(TorchDispatchMode):
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             while self.stack and self.stack.pop() is not module:
                 pass
+            if module in self.trace.calls:
+                return
             first = next(proof.leaves(args), None)
             result = next(proof.leaves(output), None)
-            if first is not None and result is not None and module not in self.trace.calls:
+            if first is not None and result is not None:
                 self.trace.calls[module] = self.axes(first), self.axes(result)
 
         handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
@@ -132,11 +138,21 @@ class Run(TorchDispatchMode):
                 parts = func.decompose(*args, **(kwargs or {}))
             if parts is not NotImplemented:
                 return parts
-        result = func(*args, **(kwargs or {}))
-        outputs = [t for t in tensors([result])]
+        given = kwargs or {}
+        self.written.before(func, args, given)
+        result = on_shapes(func, args, given)
+        outputs = list(tensors([result]))
         if outputs:
-            self._follow(Op(self, func, args, kwargs or {}, outputs))
+            self._weigh(args, outputs[0])
+            self._follow(Op(self, func, args, given, outputs))
         return result
+
+    def _weigh(self, args: Sequence[Any], output: Tensor) -> None:
+        """How much arithmetic there is in an operation with a weight, roughly."""
+        self.operations += 1
+        for each in args[:3]:
+            if isinstance(each, Tensor) and each.ndim > 1 and id(each) in self.trace._tensors:
+                self.products += output.numel() * each.numel() // max(1, each.shape[0])
 
     def _both(self, holds: Tensor, yes: Any, no: Any, operands: Sequence[Tensor]) -> Any:
         """The branches of `torch.cond`: what they return is one, whichever is taken."""

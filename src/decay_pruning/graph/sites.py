@@ -24,6 +24,17 @@ def site() -> str | None:
     return None
 
 
+def of(error: BaseException) -> str | None:
+    """File and line of the user's code that an error comes from."""
+    found, trace = None, error.__traceback__
+    while trace is not None:
+        name = trace.tb_frame.f_code.co_filename
+        if not name.startswith((_TORCH, os.path.dirname(_HERE), "<")):
+            found = f"{os.path.basename(name)}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return found
+
+
 def by_hand() -> bool:
     """Whether the user's own code asked for the operation that is running, not a layer or function of torch."""
     frame = sys._getframe(1)

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from decay_pruning import proof
 from decay_pruning.errors import GraphError
+from decay_pruning.graph import sites
 from decay_pruning.graph.attributes import reads
 from decay_pruning.graph.axes import INPUT, Atom, Axes, Axis, Product, Reason, Sum
 from decay_pruning.graph.run import Run
 from decay_pruning.keeping import eager, unwritten
 from decay_pruning.structures import Place, Role
+from decay_pruning.valueless import NoValueError, Shapes, is_valueless
 
 log = logging.getLogger(__name__)
 
@@ -36,20 +38,23 @@ def trace(model: nn.Module, example_inputs: Sequence[Any]) -> Trace:
         try:
             found.run(example)
         except Exception as error:
+            said = str(error) if isinstance(error, NoValueError) else f"{type(error).__name__}: {error}"
+            meta = "on the meta device " * is_valueless(model)
             raise GraphError(
-                f"the model cannot be traced with these example inputs: {type(error).__name__}: {error}"
+                f"the model cannot be traced {meta}with these example inputs{sites.at(sites.of(error))}: {said}"
             ) from error
     if not found.live & found.parameters.keys():
         raise GraphError(f"{found.silence}, so its layers cannot be traced")
     if any(True for _ in model.children()):
         for example in example_inputs:
             for batch in (example, proof.doubled(example, example)):  # a batch-norm may want more than one
-                try:
-                    found.run(batch, training=True)
+                if found.runs_in_training(batch):
                     break
-                except Exception as error:  # wants targets, for example
-                    log.debug("not traced in training mode: %s", proof.first_line(error))
     return found
+
+
+#: Products for each operation from which on a run on shapes is quicker than one on values.
+_HEAVY = 15_000_000
 
 
 @dataclass
@@ -88,6 +93,7 @@ class Trace:
         self.used: set[str] = set()
         self.live: set[str] = set()
         self.silence = ""
+        self.operations = self.products = 0  # of the last run
         self.integers: dict[str, dict[str, Any]] = {}
         self.standardised: set[str] = set()
         self.directions: dict[tuple[frozenset[str], frozenset[str] | None], Axes] = {}
@@ -129,7 +135,33 @@ class Trace:
         dim = self._of_axis.get(id(axis))
         return dim is not None and dim.place[0] in self.parameters
 
-    def run(self, example_inputs: Any, *, training: bool = False) -> None:
+    def runs_in_training(self, example_inputs: Any) -> bool:
+        """Run the model in training mode, where it can: on shapes, where arithmetic is most of the work."""
+        heavy = self.products > _HEAVY * self.operations and not is_valueless(self.model)
+        for shapes in (Shapes(), None) if heavy else (None,):
+            try:
+                self.run(example_inputs, training=True, shapes=shapes)
+                return True
+            except Exception as error:  # wants targets, for example
+                log.debug("not traced in training mode: %s", proof.first_line(error))
+        return False
+
+    @contextmanager
+    def _on(self, shapes: Shapes | None) -> Iterator[None]:
+        """Inside, what stands for parameters and buffers has their axes."""
+        if shapes is None:
+            yield
+            return
+        with proof.stand_ins(self.model, None, True, make=shapes.weight) as shapes.known:
+            known = {id(new): self._tensors[key] for key, new in shapes.known.items() if key in self._tensors}
+            self._tensors |= known
+            try:
+                yield
+            finally:
+                for key in known:
+                    del self._tensors[key]
+
+    def run(self, example_inputs: Any, *, training: bool = False, shapes: Shapes | None = None) -> None:
         """Run the model once and take note.
 
         Raises:
@@ -145,14 +177,15 @@ class Trace:
                 if training:
                     for module in self.modules:
                         module.training = True
-                with eager(), unwritten(self.model), run:
-                    output = proof.call(self.model, example_inputs)
+                with self._on(shapes), eager(), unwritten(self.model, watch=False) as run.written, run:
+                    output = proof.call(self.model, example_inputs, shapes)
         finally:
             for module, values in kept:
                 for leaf, value in values.items():
                     if isinstance(value, Tensor):
                         module.__dict__[leaf] = value
         run.finish(output)
+        self.operations, self.products = run.operations, run.products
 
 
 @contextmanager

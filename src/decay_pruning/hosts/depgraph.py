@@ -127,6 +127,7 @@ class DepGraph:
         if isinstance(importance, str):
             importance = IMPORTANCES[importance](self.chosen_reduction)
         if not isinstance(importance, importances.Importance):
+            importances.check_values(model)
             return graph.scores(importance, structures)
         return self.normalised(importances.scores(importance, model, structures))
 

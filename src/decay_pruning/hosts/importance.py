@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from decay_pruning import surgery
+from decay_pruning.errors import ConfigError
 from decay_pruning.structures import Coupling, LayerGroup, Role, StructureSet
+from decay_pruning.valueless import is_valueless
 
 logger = logging.getLogger("decay_pruning")
 
@@ -29,11 +31,25 @@ class Importance(ABC):
         """Shape (S,), in the order of `ids`; None where there is nothing to say."""
 
 
+def check_values(model: nn.Module) -> None:
+    """Raise `ConfigError` where there are no weights to score structures by."""
+    if is_valueless(model):
+        raise ConfigError(
+            "an importance reads weights, and the model is on the meta device, where it has none: leave the host out, "
+            "and the plan takes the same share of every layer group"
+        )
+
+
 def scores(importance: Importance, model: nn.Module, structures: StructureSet) -> dict[str, Tensor]:
     """Layer group → shape (S,), on the CPU, in the order of `ids`.
 
     Layer groups that the importance has nothing to say about are left out, with a warning in the log.
+
+    Raises:
+        ConfigError: the model is on the meta device, and the importance reads weights.
     """
+    if not isinstance(importance, Random):
+        check_values(model)
     found = {}
     for name, group in structures.groups.items():
         score = importance.score(model, group)

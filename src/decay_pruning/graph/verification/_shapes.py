@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from decay_pruning import proof, surgery
+from decay_pruning.graph.verification._shrunken import copied, without_value
+from decay_pruning.keeping import eager
 from decay_pruning.proof import Settings
 from decay_pruning.structures import Picks, StructureSet
 
@@ -21,13 +21,15 @@ class Shapes:
 
     Attributes:
         usable: the twin runs as the model does; its values decide nothing, and it can be copied.
+        failed_in: name of the innermost module in which the last problem showed, or None.
     """
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         self._setting = settings.settings[0]
         self.usable = False
+        self.failed_in: str | None = None
         try:
-            self._twin = _twin(model)
+            self._twin = copied(model, without_value)
             self._before = self._shapes()
             self.usable = True
         except Exception as error:
@@ -37,10 +39,12 @@ class Shapes:
         """Why the model does not run without these structures, or None where nothing speaks against it."""
         if not self.usable:
             return None
+        self.failed_in = None
         undo = surgery.shrink(self._twin, structures.kept(picks))
         try:
             after = self._shapes()
         except Exception as error:
+            self.failed_in = self._innermost(error)
             return f"the smaller model does not run ({proof.first_line(error)})"
         finally:
             undo()
@@ -50,21 +54,15 @@ class Shapes:
     def _shapes(self) -> list[tuple[int, ...]]:
         for module in self._twin.modules():
             module.training = self._setting.training
-        with proof.seeded(self._twin):
-            output = proof.call(self._twin, proof.mapped(self._setting.inputs, lambda t: t.to("meta")))
+        with proof.seeded(self._twin), eager():
+            output = proof.call(self._twin, self._setting.inputs)
         return [tuple(leaf.shape) for leaf in proof.leaves(output)]
 
-
-def _twin(model: nn.Module) -> nn.Module:
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None and id(tensor) not in memo:
-                memo[id(tensor)] = _empty(tensor)
-    twin: nn.Module = copy.deepcopy(model, memo)
-    return twin
-
-
-def _empty(tensor: Tensor) -> Tensor:
-    new = torch.empty_like(tensor, device="meta")
-    return nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+    def _innermost(self, error: BaseException) -> str | None:
+        """The module that ran when an error came up."""
+        names = {id(module): name for name, module in self._twin.named_modules()}
+        found, trace = None, error.__traceback__
+        while trace is not None:
+            found = names.get(id(trace.tb_frame.f_locals.get("self")), found)
+            trace = trace.tb_next
+        return found

@@ -54,8 +54,17 @@ class Trials:
 
         if not self._shapes.usable or not names:
             return {}
-        found = _failures(self._kinds(names), attempt)
+        found = _failures(self._kinds(names), attempt, self._blamed)
         return {name: f"removing a structure fails: {verdict.problem}" for name, verdict in found.items()}
+
+    def _blamed(self, kinds: Sequence[Sequence[str]]) -> list[Sequence[str]]:
+        """The kinds that reach into the module in which the last problem showed."""
+        where = self._shapes.failed_in
+        if not where:
+            return []
+        groups = self.structures.groups
+        inside = {n for n, g in groups.items() if any(c.tensor.startswith(f"{where}.") for c in g.couplings)}
+        return [kind for kind in kinds if not inside.isdisjoint(kind)]
 
     def failures(self, names: Sequence[str], natural: bool) -> dict[str, surgery.Verdict]:
         """The layer groups among `names` whose removal fails, or changes what is left."""
@@ -135,25 +144,43 @@ class Trials:
         """
         moved, made = self._sensitivity()
         quiet = [name for name in names if not moved.get(name, 0.0) > _REACTION]
-        before = self._settings.observe(self.model, self._settings.dtypes[0]) if quiet else []
-        dumb = [name for name in quiet if not self._reacts(name, before)]
+        before = [self._seen(k) for k in range(len(self._settings.settings))] if quiet else []
+        dumb = self._without_reaction(quiet, before)
         return dumb, [name for name in names if name not in dumb and not made.get(name, 0.0)]
 
-    def _reacts(self, name: str, before: list[proof.Output]) -> bool:
-        undo = surgery._zero(self.model, self.structures, {name: self.structures.groups[name].ids.tolist()})
+    def _seen(self, k: int) -> list[proof.Output]:
+        return self._settings.observe(self.model, self._settings.dtypes[0], [k])
+
+    def _without_reaction(self, names: Sequence[str], before: Sequence[list[proof.Output]]) -> list[str]:
+        """Where nothing shows with all of them at zero, nothing shows with one of them; otherwise by halves."""
+        if not names or not self._reacts(names, before):
+            return list(names)
+        if len(names) == 1:
+            return []
+        half = len(names) // 2
+        return [n for part in (names[:half], names[half:]) for n in self._without_reaction(part, before)]
+
+    def _reacts(self, names: Sequence[str], before: Sequence[list[proof.Output]]) -> bool:
+        every = {name: self.structures.groups[name].ids.tolist() for name in names}
+        undo = surgery._zero(self.model, self.structures, every)
         try:
-            after = self._settings.observe(self.model, self._settings.dtypes[0])
-            return self._settings.change(before, after)[0] > _REACTION
+            return any(
+                self._settings.change(seen, self._seen(k), [k])[0] > _REACTION
+                for k, seen in enumerate(before)
+            )
         except SurgeryError:
             return True  # it cannot even be compared
         finally:
             undo()
 
     def _sensitivity(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Layer group → how far the output moves with its parameters, to first order; and with those that make it."""
+        """Layer group → how far the output moves with its parameters, to first order; and with those that make it.
+
+        The latter in evaluation mode only: in training the gradient may go straight through a step.
+        """
         moved: dict[str, float] = {}
         made: dict[str, float] = {}
-        for gradients in self._settings.gradients(self.model):
+        for training, gradients in self._settings.gradients(self.model):
             for name, group in self.structures.groups.items():
                 for c in group.couplings:
                     if c.role in NOT_PARAMETERS or c.tensor not in gradients:
@@ -161,7 +188,7 @@ class Trials:
                     rows = gradients[c.tensor].index_select(c.dim, c.position.to(gradients[c.tensor].device))
                     value = float(rows.abs().max()) if rows.numel() else 0.0
                     moved[name] = max(moved.get(name, 0.0), value)
-                    if c.role is not Role.COLUMN:
+                    if c.role is not Role.COLUMN and not training:
                         made[name] = max(made.get(name, 0.0), value)
             if all(moved.get(n, 0.0) > _REACTION and made.get(n, 0.0) for n in self.structures.groups):
                 break
@@ -169,13 +196,37 @@ class Trials:
 
 
 def _failures(
-    kinds: Sequence[Sequence[str]], attempt: Callable[[Sequence[str]], surgery.Verdict]
+    kinds: Sequence[Sequence[str]],
+    attempt: Callable[[Sequence[str]], surgery.Verdict],
+    blamed: Callable[[Sequence[Sequence[str]]], list[Sequence[str]]] = lambda kinds: [],
 ) -> dict[str, surgery.Verdict]:
-    """Which layer groups fail. All at once first, then by halves of their kinds."""
+    """Which layer groups fail. All at once first; then those that can be blamed, if it works without them; then by
+    halves of their kinds."""
     names = [name for kind in kinds for name in kind]
     verdict = attempt(names)
     if verdict.problem is None:
         return {}
+    suspects: list[Sequence[str]] = []
+    while more := [kind for kind in blamed(kinds) if kind not in suspects]:
+        suspects += more
+        rest = [name for kind in kinds if kind not in suspects for name in kind]
+        if not rest:
+            break
+        if attempt(rest).problem is None:
+            found = _failures(suspects, attempt)
+            if found:
+                return found
+            break
+    return _by_halves(kinds, attempt, verdict)
+
+
+def _by_halves(
+    kinds: Sequence[Sequence[str]],
+    attempt: Callable[[Sequence[str]], surgery.Verdict],
+    verdict: surgery.Verdict,
+) -> dict[str, surgery.Verdict]:
+    """The same, of layer groups that fail together."""
+    names = [name for kind in kinds for name in kind]
     if len(names) == 1:
         return {names[0]: verdict}
     if len(kinds) == 1:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,14 @@ from torch import Tensor, nn
 
 from decay_pruning import proof, surgery
 from decay_pruning.errors import GraphError
+from decay_pruning.graph.verification._shrunken import twin
 from decay_pruning.graph.verification._trials import Trials
 from decay_pruning.proof import Settings
 from decay_pruning.structures import LayerGroup, Role, StructureSet
+from decay_pruning.valueless import is_valueless
 
+#: How most models are verified.
+TRIALS = "verified by trials"
 #: A cut that moves no element of the output by this much (relative) could not be told from none.
 _REACTION = 1e-6
 
@@ -44,31 +49,81 @@ def verified(
     example_inputs: Any,
     allow_inexact: bool,
     second: Second = lambda failed: None,
-) -> StructureSet:
+) -> tuple[StructureSet, str]:
     """Try every layer group. What does not run, or changes the output other than by its nature, becomes unprunable.
+
+    A model without values is tried on its shapes, and its small twin on values.
+
+    Returns:
+        What can be pruned, and in words how that was verified.
 
     Raises:
         GraphError: the model says nothing on the example inputs.
     """
-    _check_output(model, example_inputs)
+    if is_valueless(model):
+        settings = Settings(example_inputs, [proof.Setting(example_inputs, False, "")], [None])
+        small = _OnTwin(example_inputs, allow_inexact)
+        run = _Verification(Trials(model, structures, settings), small)
+        return run.through(structures, second), small.how
+    before = _checked_output(model, example_inputs)
     if not structures.groups:
-        return structures
-    with proof.stand_ins(model, None, False), _random_values(model, structures, example_inputs):
-        run = _Verification(
-            Trials(model, structures, Settings.of(model, example_inputs, thorough=True)), allow_inexact
-        )
-        todo: StructureSet | None = structures
-        while todo is not None:
-            todo = second(run.fit(todo))
-            if todo is None:
-                todo = second(run.prove())
-    structures = run.structures
-    unprunable = {name: why for name, why in run.unprunable.items() if name not in run.passed}
-    return replace(structures, groups=run.passed, unprunable=unprunable)
+        return structures, TRIALS
+    with proof.stand_ins(model, None, False), _random_values(model, structures) as put_back:
+        settings = Settings.of(model, example_inputs, thorough=True, other=before)
+        if not _is_finite(settings.first):  # too large for a narrow dtype: the values as they are
+            put_back()
+            settings = Settings.of(model, example_inputs, thorough=True)
+        judge = partial(_judged, allow_inexact=allow_inexact)
+        run = _Verification(Trials(model, structures, settings), judge)
+        return run.through(structures, second), TRIALS
+
+
+#: Some layer groups → those that can be pruned, and why the others cannot.
+_Judge = Callable[[Trials, Sequence[str]], tuple[dict[str, LayerGroup], dict[str, str]]]
+
+
+class _OnTwin:
+    """Judges layer groups of a model without values by its small twin.
+
+    Attributes:
+        how: how they were verified, in words.
+    """
+
+    def __init__(self, example_inputs: Any, allow_inexact: bool) -> None:
+        self._example_inputs = example_inputs
+        self._allow_inexact = allow_inexact
+        self.how = "not verified: there is nothing to try"
+
+    def __call__(self, trials: Trials, names: Sequence[str]) -> tuple[dict[str, LayerGroup], dict[str, str]]:
+        groups = trials.structures.groups
+        good = {name: groups[name] for name in names}
+        if not names:
+            return {}, {}
+        small = twin(trials.model, trials.structures, self._example_inputs)
+        if isinstance(small, str):
+            self.how = f"not verified by trials: the model is on the meta device, and {small}"
+            return good, {}
+        try:
+            found, _ = verified(small.model, small.structures, small.inputs, self._allow_inexact)
+        except GraphError as error:
+            self.how = f"not verified by trials: the model is on the meta device, and of its twin {error}"
+            return good, {}
+        self.how = "verified by trials on a shrunken twin: the model is on the meta device"
+        bad = {name: found.unprunable[name] for name in names if name not in found.groups}
+        good = {
+            name: replace(group, inexact=found.groups[name].inexact)
+            for name, group in good.items()
+            if name not in bad
+        }
+        return good, bad
 
 
 class _Verification:
     """What has been tried so far.
+
+    Args:
+        trials: what tries.
+        judge: what proves.
 
     Attributes:
         passed: layer groups that are proven.
@@ -76,12 +131,22 @@ class _Verification:
         unprunable: what is not offered, each with the first reason that there was.
     """
 
-    def __init__(self, trials: Trials, allow_inexact: bool) -> None:
-        self._trials, self._allow_inexact = trials, allow_inexact
+    def __init__(self, trials: Trials, judge: _Judge) -> None:
+        self._trials, self._judge = trials, judge
         self.structures = trials.structures
         self.passed: dict[str, LayerGroup] = {}
         self.open: dict[str, LayerGroup] = {}
         self.unprunable: dict[str, str] = {}
+
+    def through(self, structures: StructureSet, second: Second) -> StructureSet:
+        """Try these, and what is proposed in the place of those that fail."""
+        todo: StructureSet | None = structures
+        while todo is not None:
+            todo = second(self.fit(todo))
+            if todo is None:
+                todo = second(self.prove())
+        unprunable = {name: why for name, why in self.unprunable.items() if name not in self.passed}
+        return replace(self.structures, groups=self.passed, unprunable=unprunable)
 
     def fit(self, todo: StructureSet) -> dict[str, str]:
         """Take on more layer groups whose shapes fit. Returns the others, each with the reason."""
@@ -94,7 +159,7 @@ class _Verification:
     def prove(self) -> dict[str, str]:
         """Prove all that is open. Returns what has failed, with reasons."""
         self._prepare()
-        good, failed = _judged(self._trials, list(self.open), self._allow_inexact)
+        good, failed = self._judge(self._trials, list(self.open))
         self.passed |= good
         self.open = {}
         return self._out(failed)
@@ -148,20 +213,21 @@ def _judged(
     return good, bad
 
 
-def _check_output(model: nn.Module, example_inputs: Any) -> None:
-    """The model says something that a removal could be proven by."""
+def _checked_output(model: nn.Module, example_inputs: Any) -> proof.Output:
+    """What the model returns, if a removal could be proven by it."""
     diverged = [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
     if diverged:
         raise GraphError(
             f"the parameter {diverged[0]!r} is not finite ({len(diverged)} in all); has the training diverged?"
         )
-    leaves = proof.observe(model, example_inputs).leaves
-    floating = [leaf for leaf in leaves if leaf.is_floating_point() or leaf.is_complex()]
+    output = proof.observe(model, example_inputs)
+    floating = [leaf for leaf in output.leaves if leaf.is_floating_point() or leaf.is_complex()]
     if not any(leaf.numel() for leaf in floating):
         what = "is empty on the example inputs" if floating else "holds no floating tensor"
         raise GraphError(f"the model's output {what}, so no removal can be proven; {proof.WAY_OUT}")
     if not any(bool(leaf.isfinite().any()) for leaf in floating):
         raise GraphError("the model's output on the example inputs is not finite anywhere")
+    return output
 
 
 def _nature(model: nn.Module, group: LayerGroup) -> str:
@@ -181,10 +247,13 @@ def _nature(model: nn.Module, group: LayerGroup) -> str:
 
 
 @contextmanager
-def _random_values(model: nn.Module, structures: StructureSet, example_inputs: Any) -> Iterator[None]:
+def _random_values(model: nn.Module, structures: StructureSet) -> Iterator[Callable[[], None]]:
     """Perturb all weights and running statistics for a while, so that no zero hides a wrong trace.
 
     A branch that starts at zero (γ = 0, LoRA, adaLN-zero) would make any removal in it look exact.
+
+    Yields:
+        what ends it early.
     """
     buffers = {
         c.tensor for group in structures.groups.values() for c in group.couplings if c.role is Role.BUFFER
@@ -193,17 +262,23 @@ def _random_values(model: nn.Module, structures: StructureSet, example_inputs: A
     tensors += [b for name, b in model.named_buffers() if name in buffers and b.is_floating_point()]
     saved = [(tensor, tensor.data) for tensor in tensors]
     generator = torch.Generator().manual_seed(0)
+
+    def put_back() -> None:
+        for tensor, data in saved:
+            tensor.data = data
+
     try:
         for tensor, data in saved:
             tensor.data = _perturbed(data, generator)
-        leaves = proof.observe(model, example_inputs).leaves
-        if not any(bool(leaf.isfinite().any()) for leaf in leaves if leaf.is_floating_point()):
-            for tensor, data in saved:  # overflow of a narrow dtype: the values as they are
-                tensor.data = data
-        yield
+        yield put_back
     finally:
-        for tensor, data in saved:
-            tensor.data = data
+        put_back()
+
+
+def _is_finite(output: proof.Output | None) -> bool:
+    """Whether any floating value is finite."""
+    leaves = output.leaves if output is not None else ()
+    return any(bool(leaf.isfinite().any()) for leaf in leaves if leaf.is_floating_point())
 
 
 def _perturbed(data: Tensor, generator: torch.Generator) -> Tensor:
