@@ -17,11 +17,12 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
+from decay_pruning.folds import Fold, Place
+
+__all__ = ["NOT_PARAMETERS", "Coupling", "LayerGroup", "Picks", "Place", "Role", "StructureSet"]
+
 #: What is picked, released or removed: layer group name → original indices.
 Picks = Mapping[str, Sequence[int]]
-#: A tensor (or module attribute) and one of its dimensions.
-Place = tuple[str, int]
-
 
 class Role(StrEnum):
     """What a slice does for its structure."""
@@ -109,12 +110,14 @@ class StructureSet:
         unprunable: what cannot be pruned → the reason, in words for the user.
         sizes: current size of every place that a coupling touches.
         standardised: modules whose own weight is normalised over what goes in (weight standardisation).
+        folds: what takes the change of a width that the model divides by.
     """
 
     groups: Mapping[str, LayerGroup]
     sizes: Mapping[Place, int]
     unprunable: Mapping[str, str] = field(default_factory=dict)
     standardised: frozenset[str] = frozenset()
+    folds: tuple[Fold, ...] = ()
 
     def __len__(self) -> int:
         return sum(len(group) for group in self.groups.values())
@@ -157,4 +160,5 @@ class StructureSet:
                 couplings.append(replace(c, owner=row[c.owner[mine]], position=position))
             groups[name] = replace(group, ids=group.ids[stays], couplings=tuple(couplings))
         sizes = {place: kept[place].numel() if place in kept else size for place, size in self.sizes.items()}
-        return replace(self, groups=groups, sizes=sizes)
+        folds = tuple(fold.moved(kept) for fold in self.folds)
+        return replace(self, groups=groups, sizes=sizes, folds=folds)

@@ -76,7 +76,7 @@ class Graph:
         choices.ignore(found, skip)
         choices.name_heads(found, heads, lambda name: _no_heads(found, name))
         proposals = Proposals(found, allow_inexact)
-        structures = proposals.first() if verify else proposals.assembly.structures
+        structures = proposals.first()
         if verify:
             structures = verified(model, structures, example_inputs, allow_inexact, proposals.second)
             structures = proposals.located(structures)

@@ -29,6 +29,7 @@ from decay_pruning.structures import Role
 
 if TYPE_CHECKING:
     from decay_pruning.graph.run import Run
+    from decay_pruning.graph.scales import Norm
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,9 @@ class Op:
         self.outputs = outputs
         self.trace = run.trace
         self.module = run.stack[-1] if run.stack else None
-        self._run = run
+        self.run = run
+        self.norm: Norm | None = None  # that begins here
+        self._site: str | None = None
 
     def __getitem__(self, argument: str) -> Any:
         return self.arguments[argument]
@@ -60,7 +63,7 @@ class Op:
     @property
     def derived(self) -> bool:
         """Whether all that goes in is made of parameters and buffers alone."""
-        return all(self._run.value(t).derived for t in self.inputs)
+        return all(self.run.value(t).derived for t in self.inputs)
 
     @property
     def output(self) -> Tensor:
@@ -69,7 +72,7 @@ class Op:
     def axes(self, argument: str | Tensor) -> Axes:
         """Axes of a tensor, or of the tensor that is given for an argument."""
         tensor = self.arguments[argument] if isinstance(argument, str) else argument
-        return list(self._run.axes(tensor))
+        return list(self.run.axes(tensor))
 
     def tie(self, a: Axis, b: Axis) -> None:
         """Two axes are one. Where they cannot be, both are fixed."""
@@ -108,7 +111,9 @@ class Op:
 
     def site(self) -> str:
         """Where in the user's code this is, or in which of torch's layers."""
-        return self._run.site()
+        if self._site is None:
+            self._site = self.run.site()
+        return self._site
 
     def role(self, axis: Axis, role: Role) -> None:
         self.trace.note_role(axis, role)

@@ -6,15 +6,18 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 
 from decay_pruning import surgery
+from decay_pruning.folds import Fold
 from decay_pruning.graph.attributes import Attributes, Candidate, same
-from decay_pruning.graph.axes import Atom, Axis
+from decay_pruning.graph.axes import Atom, Axis, leaves
 from decay_pruning.graph.choices import Choices
 from decay_pruning.graph.families import assemble
+from decay_pruning.graph.scales import Option, Scales
 from decay_pruning.graph.trace import Trace
 from decay_pruning.graph.verification import kind_of
 from decay_pruning.structures import LayerGroup, Place, StructureSet
 
-Variant = tuple[Candidate, ...]
+#: Attributes that follow a layer group, and folds that go with it.
+Variant = tuple[Candidate | Option, ...]
 #: Classes and names of attributes: what a choice has in common for layer groups of one kind.
 Labels = frozenset[Hashable]
 
@@ -42,11 +45,13 @@ class Proposals:
 
     def __init__(self, trace: Trace, allow_inexact: bool) -> None:
         self._trace = trace
+        self._scales = Scales(trace)
         self._choices = Choices(trace)
         self._attributes = Attributes(trace)
         self._allow_inexact = allow_inexact
         self.assembly = assemble(trace)
         self._sites: dict[str, str] = {}
+        self._folds: dict[str, list[Fold]] = {}  # that go with a layer group
         self._taken: dict[Place, tuple[str, Axis]] = {}  # attributes that follow a layer group
         self._searches: dict[Hashable, _Search] = {}
         self._helpless: dict[str, str] = {}  # what was tried in vain, in words
@@ -99,16 +104,20 @@ class Proposals:
         return next((v for v in self._variants(name) if self._labels(v) == labels), None)
 
     def _labels(self, variant: Variant) -> Labels:
-        places = [candidate.coupling for candidate in variant]
-        owners = [surgery.parent(self._trace.model, c.tensor) for c in places]
-        return frozenset((type(owner), leaf, c.dim) for (owner, leaf), c in zip(owners, places, strict=True))
+        found = set[Hashable]()
+        for each in variant:
+            tensor, dim = each.fold.place if isinstance(each, Option) else each.coupling.place
+            owner, leaf = surgery.parent(self._trace.model, tensor)
+            found.add((type(owner), leaf, dim, isinstance(each, Option)))
+        return frozenset(found)
 
     def _note(self, name: str, tried: Labels, why: str) -> None:
         """Remember the attributes that were set in vain, if they all stand where the width is split."""
         variant = self._alike(name, tried) or ()
-        if variant and all(candidate.near for candidate in variant) and name not in self._helpless:
-            leaves = ", ".join(sorted({candidate.coupling.tensor for candidate in variant}))
-            self._helpless[name] = f"; nor with {leaves} following ({why.partition('fails: ')[2] or why})"
+        attributes = [each for each in variant if isinstance(each, Candidate)]
+        if attributes and all(each.near for each in attributes) and name not in self._helpless:
+            told = ", ".join(sorted({each.coupling.tensor for each in attributes}))
+            self._helpless[name] = f"; nor with {told} following ({why.partition('fails: ')[2] or why})"
 
     def _lose(self, reasons: Mapping[str, str]) -> None:
         for name, why in reasons.items():
@@ -137,13 +146,17 @@ class Proposals:
         for name, variant in chosen.items():
             group = structures.groups[name]
             more = []
+            self._folds[name] = [each.fold for each in variant if isinstance(each, Option)]
             for each in variant:
+                if isinstance(each, Option):
+                    continue
                 _, axis = self._taken.setdefault(each.coupling.place, (name, each.axis))
                 if same(axis, each.axis):
                     sizes[each.coupling.place] = each.axis.size
                     more.append(each.coupling)
             groups[name] = replace(group, couplings=(*group.couplings, *more))
-        return replace(structures, groups=groups, sizes=sizes)
+        folds = [*self._scales.sure, *(fold for some in self._folds.values() for fold in some)]
+        return replace(structures, groups=groups, sizes=sizes, folds=tuple(folds))
 
     def _variants(self, name: str) -> list[Variant]:
         """Choices of attributes, none first."""
@@ -151,12 +164,15 @@ class Proposals:
         if id(atom) in self._known:
             return self._known[id(atom)]
         every = self._attributes.of(self.assembly.structures.groups[name], atom)
+        options = tuple(each for each in self._scales.options if any(a is atom for a in leaves(each.axis)))
         choices: list[Variant] = [()]
         for some in ([c for c in every if c.near], every):
             sure = tuple(each for each in some if each.sure)
             doubtful = [each for each in some if not each.sure][:6]
             choices += [sure, *((each,) for each in some[:6]), *((*sure, each) for each in doubtful)]
             choices += [tuple(e for e in some if e is not each) for each in doubtful] + [tuple(some)]
+        if options:
+            choices = [each for choice in choices for each in (choice, (*choice, *options))]
         self._known[id(atom)] = found = list(dict.fromkeys(choices))
         return found
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from decay_pruning import proof
-from decay_pruning.graph import sites
+from decay_pruning.graph import scales, sites
 from decay_pruning.graph.axes import (
     CONSTANT,
     OPERATION,
@@ -52,6 +52,9 @@ class _Value:
     derived: bool = False  # from parameters and buffers alone
     parameter: str | None = None
     divisors: Divisors = field(default_factory=dict)  # what it was divided by, derived as well
+    shift: float = 0.0  # derived: a number that was added
+    stage: scales.Stage | None = None
+    rows: scales.Rows | None = None
 
     def names(self) -> set[str]:
         """The parameters and buffers that a derived value comes from."""
@@ -135,7 +138,7 @@ class Run(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         outputs = [t for t in tensors([result])]
         if outputs:
-            self._follow(Op(self, func, args, kwargs or {}, outputs))
+            self._follow(Op(self, func, args, kwargs or {}, outputs), args)
         return result
 
     def _both(self, holds: Tensor, yes: Any, no: Any, operands: Sequence[Tensor]) -> Any:
@@ -153,8 +156,9 @@ class Run(TorchDispatchMode):
                         fix(axis, Reason(OPERATION, f"is seen in two ways by cond{sites.at(self.site())}"))
         return taken
 
-    def _follow(self, op: Op) -> None:
+    def _follow(self, op: Op, args: Sequence[Any]) -> None:
         inputs = [self.value(t) for t in op.inputs]
+        before = [replace(value) for value in inputs]  # what it changes in place
         found = op.results()
         derived = bool(inputs) and all(v.derived for v in inputs)
         if not derived:
@@ -178,6 +182,7 @@ class Run(TorchDispatchMode):
             value.parents, value.derived = inputs, derived
             value.base = inputs[0] if aliases and inputs else None
             value.divisors = divisors if derived else {}
+        scales.follow(op, before, [self.value(tensor) for tensor in op.outputs], args)
 
     def _divisors(self, op: Op, inputs: Sequence[_Value]) -> Divisors:
         """Weights that this divides by. Noted where the quotient, or the divisor itself, meets an activation."""

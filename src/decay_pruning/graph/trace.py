@@ -19,6 +19,7 @@ from decay_pruning.errors import GraphError
 from decay_pruning.graph.attributes import reads
 from decay_pruning.graph.axes import INPUT, Atom, Axes, Axis, Product, Reason, Sum
 from decay_pruning.graph.run import Run
+from decay_pruning.graph.scales import Norm, Scores
 from decay_pruning.keeping import eager, unwritten
 from decay_pruning.structures import Place, Role
 
@@ -70,7 +71,8 @@ class Trace:
         used: names of parameters that an operation has read.
         live: names of parameters from which an output follows.
         calls: layer → axes of its first input and first output.
-        integers: own module → the integers and tuples on it that a run has read.
+        integers: own module → the numbers and tuples on it that a run has read.
+        norms, scores: where the model divides by a width (see `scales`).
         standardised: names of modules that normalise their own weight.
         directions: names of what weights are divided by, and of what scales them beside (None where the model divides
             something else) → axes of the divisor.
@@ -88,6 +90,8 @@ class Trace:
         self.used: set[str] = set()
         self.live: set[str] = set()
         self.silence = ""
+        self.norms: list[Norm] = []
+        self.scores: list[Scores] = []
         self.integers: dict[str, dict[str, Any]] = {}
         self.standardised: set[str] = set()
         self.directions: dict[tuple[frozenset[str], frozenset[str] | None], Axes] = {}
@@ -118,6 +122,11 @@ class Trace:
     def is_place(self, axis: Axis) -> bool:
         """Whether this is the axis of a parameter or buffer itself."""
         return id(axis) in self._of_axis
+
+    def place_of(self, axis: Axis) -> Place | None:
+        """The dimension of a parameter that this axis is of."""
+        dim = self._of_axis.get(id(axis))
+        return dim.place if dim is not None and dim.place[0] in self.parameters else None
 
     def is_layer(self, axes: Axes) -> bool:
         """Whether a matrix is a weight as torch's layers have it, (out, in), that is read the other way round."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import nn
 
 from decay_pruning.graph.axes import Atom, Axes, Axis, Misaligned, divide, leaves
 from decay_pruning.graph.op import Op
+from decay_pruning.graph.scales import Norm
 from decay_pruning.graph.rules._table import dims, elementwise, mix, rule
 from decay_pruning.structures import Role
 
@@ -41,7 +45,42 @@ def batch_norm(op: Op) -> list[Axes]:
     return [x]
 
 
-@rule("native_layer_norm", "_fused_rms_norm", "rms_norm")
+@rule("_fused_rms_norm", "rms_norm")
+def rms_norm(op: Op) -> list[Axes]:
+    """γ and ε take the change of the width (`scales`), if there is one γ and the layer is known."""
+    x = op.axes("input")
+    shape = op["normalized_shape"]
+    for d, axis in enumerate(x[-len(shape) :]):
+        affine(op, axis, d)
+    along = x[-len(shape) :]
+    norm = _norm(op, along, lambda why: mix(op, along, "{} normalises over this width" + why))
+    norm.epsilon = epsilon_of(op["input"].dtype) if op.get("eps") is None else op["eps"]
+    norm.level = None if op["input"].is_meta else float(op["input"].double().square().mean())
+    weight = op.get("weight")
+    if weight is not None:
+        value = op.run.value(weight)
+        names = value.names() if value.derived else set()
+        norm.gammas = dict.fromkeys(names, value.shift)
+    return [x]
+
+
+def epsilon_of(dtype: torch.dtype) -> float:
+    """What `nn.RMSNorm(eps=None)` adds, which computes narrow dtypes in single precision."""
+    return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+
+
+def _norm(op: Op, along: Axes, unfit: Callable[[str], None], *, surely: bool = True) -> Norm:
+    """A root mean square begins. What it does to the width is said when it is known whether a fold is possible."""
+    op.site()
+    module = None if op.module is None else op.trace.modules.get(op.module)
+    norm = Norm(along[0], module, surely, unfit)
+    if len(along) != 1:
+        norm.broken = "goes over several dimensions"
+    op.trace.norms.append(norm)
+    return norm
+
+
+@rule("native_layer_norm")
 def layer_norm(op: Op) -> list[Axes]:
     x = op.axes("input")
     shape = op["normalized_shape"]
@@ -118,14 +157,26 @@ def reduction(op: Op) -> Axes | list[Axes]:
         return elementwise(op)
     over = dims(op.get("dim"), len(x))
     along = [x[d] for d in over]
-    norm = op.module is not None and "norm" in type(op.module).__name__.lower()
-    if op.name in _MEANS and (norm or op.derived):
-        mix(op, along, "{} normalises over this width")
-    elif op.name not in _ADDITIVE:
-        op.refuse(along, "is mixed by", name=f"the {op.name}")
+    square = op.run.value(op.inputs[0]).stage
+    if op.name == "mean" and not op.derived and square is not None and square.kind == "square":
+        op.norm = _norm(op, along, lambda why: _mixed(op, along, why))
+    elif square is not None and square.kind == "square" and op.name == "sum" and not op.derived:
+        op.norm = _norm(op, along, lambda why: None, surely=False)
+    elif op.name == "linalg_vector_norm" and not op.derived and op["ord"] == 2:
+        op.norm = _norm(op, along, lambda why: None, surely=False)
+    else:
+        _mixed(op, along)
     if op.get("keepdim"):
         return [Atom(1) if d in over else axis for d, axis in enumerate(x)]
     return [axis for d, axis in enumerate(x) if d not in over]
+
+
+def _mixed(op: Op, along: Axes, why: str = "") -> None:
+    norm = op.module is not None and "norm" in type(op.module).__name__.lower()
+    if op.name in _MEANS and (norm or op.derived):
+        mix(op, along, "{} normalises over this width" + why)
+    elif op.name not in _ADDITIVE:
+        op.refuse(along, "is mixed by", name=f"the {op.name}")
 
 
 @rule(

@@ -192,8 +192,13 @@ def _random_values(model: nn.Module, structures: StructureSet, example_inputs: A
     tensors: list[Tensor] = [p for p in model.parameters() if p.is_floating_point()]
     tensors += [b for name, b in model.named_buffers() if name in buffers and b.is_floating_point()]
     saved = [(tensor, tensor.data) for tensor in tensors]
+    scaled = {each.tensor: each for fold in structures.folds for each in fold.scaled if each.level is not None}
+    numbers = [(*surgery.parent(model, name), each.level) for name, each in scaled.items()]
+    before = [(module, leaf, getattr(module, leaf)) for module, leaf, _ in numbers]
     generator = torch.Generator().manual_seed(0)
     try:
+        for module, leaf, level in numbers:  # an ε so large that the output shows whether it follows
+            setattr(module, leaf, level)
         for tensor, data in saved:
             tensor.data = _perturbed(data, generator)
         leaves = proof.observe(model, example_inputs).leaves
@@ -204,6 +209,8 @@ def _random_values(model: nn.Module, structures: StructureSet, example_inputs: A
     finally:
         for tensor, data in saved:
             tensor.data = data
+        for module, leaf, value in before:
+            setattr(module, leaf, value)
 
 
 def _perturbed(data: Tensor, generator: torch.Generator) -> Tensor:
