@@ -82,7 +82,11 @@ def scaled(meta: Mapping[str, Any]) -> dict[Place, Factor]:
         values = torch.tensor(row["factors"], dtype=torch.float64)
         if values.numel() == 1:
             values = values.expand(row["size"])
-        if type(row["tensor"]) is not str or values.numel() != row["size"] or (row["tensor"], row["dim"]) in found:
+        if (
+            type(row["tensor"]) is not str
+            or values.numel() != row["size"]
+            or (row["tensor"], row["dim"]) in found
+        ):
             raise ValueError(what)
         found[row["tensor"], row["dim"]] = Factor(values, float(row["offset"]), row["value"])
     return found
@@ -166,7 +170,9 @@ def _check_scaled(view: View, meta: Mapping[str, Any], path: str | os.PathLike[s
             number = vars(module).get(leaf)
             good = not leaf.startswith("_") and (
                 type(number) is float
-                or (number is None and isinstance(module, nn.RMSNorm) and leaf == "eps" and bool(factor.value))
+                or (
+                    number is None and isinstance(module, nn.RMSNorm) and leaf == "eps" and bool(factor.value)
+                )
             )
         if not good:
             raise ManifestError(f"{path} would multiply {name!r}, which is nothing that a removal scales")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     view = View(inner)
     content = Content.of(view)
     past = _history(view, content)
-    description = {
+    description: dict[str, Any] = {
         "kind": "model",
         "class": class_name(inner),
         "tensors": {

@@ -24,6 +24,7 @@ __all__ = ["NOT_PARAMETERS", "Coupling", "LayerGroup", "Picks", "Place", "Role",
 #: What is picked, released or removed: layer group name → original indices.
 Picks = Mapping[str, Sequence[int]]
 
+
 class Role(StrEnum):
     """What a slice does for its structure."""
 

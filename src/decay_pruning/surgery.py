@@ -60,7 +60,7 @@ class History:
     factors: dict[Place, Factor] = field(default_factory=dict)
 
     def update(self, kept: Kept, sizes: Mapping[Place, int], scaled: Mapping[Place, Factor] = {}) -> None:
-        """Note one cut: `kept` are positions before the cut, `sizes` the sizes before it, `scaled` what it multiplies."""
+        """Note one cut: `kept` are positions before the cut, `sizes` the sizes before it; `scaled` is multiplied."""
         for place, factor in scaled.items():
             size, before = factor.values.numel(), self.positions.get(place)
             known = before is not None and before.numel() == size
@@ -657,7 +657,9 @@ def only_what_is_left(
         for module, places in modules.items():
             module.__dict__["forward"] = _narrow_forward(module, places)
         with ExitStack() as stack:
-            if not any(bool((factor.values < 1).any()) for factor in scaled.values()):  # no queries among them
+            if not any(
+                bool((factor.values < 1).any()) for factor in scaled.values()
+            ):  # no queries among them
                 stack.enter_context(_ScaleByWhatIsLeft())
             yield
     finally:

@@ -47,7 +47,9 @@ def reads(trace: Trace) -> Iterator[None]:
         if not _of_torch(module):
             own = vars(module)
             mine = {
-                k: v for k, v in own.items() if type(v) in (int, float, tuple, list) and not hasattr(type(module), k)
+                k: v
+                for k, v in own.items()
+                if type(v) in (int, float, tuple, list) and not hasattr(type(module), k)
             }
             hidden[id(module)] = mine
             for leaf in mine:

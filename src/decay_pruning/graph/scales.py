@@ -74,7 +74,9 @@ class Norm:
         if isinstance(module, nn.RMSNorm):
             return [f"{prefix}eps"]
         read = trace.integers.get(self.module or "", {}) if module is not None else {}
-        return [prefix + leaf for leaf, value in read.items() if type(value) is float and value == self.epsilon]
+        return [
+            prefix + leaf for leaf, value in read.items() if type(value) is float and value == self.epsilon
+        ]
 
 
 @dataclass
@@ -167,7 +169,8 @@ def _stage(op: Op, inputs: Sequence[_Value]) -> Stage | None:
         return None
     stage, norm = staged[0], staged[0].norm
     assert norm is not None
-    number = next((v for k, v in op.arguments.items() if k in ("other", "exponent") and isinstance(v, int | float)), None)
+    given = (op.get("other"), op.get("exponent"))
+    number = next((value for value in given if isinstance(value, int | float)), None)
     if op.name in _SAME | _SHAPED or op.name in ("clamp_min", "clamp", "expand_as"):
         return stage
     kind = stage.kind
@@ -190,9 +193,9 @@ def _stage(op: Op, inputs: Sequence[_Value]) -> Stage | None:
         return Stage("inverse", norm)
     other = [value for value in inputs if value.stage is not stage]
     divides = op.name == "div" and len(inputs) == 2 and inputs[1].stage is stage
-    if len(other) == 1 and not other[0].derived:
-        if (kind == "root" and divides) or (kind == "inverse" and op.name == "mul"):
-            return Stage("normed", norm)
+    whole = (kind == "root" and divides) or (kind == "inverse" and op.name == "mul")
+    if whole and len(other) == 1 and not other[0].derived:
+        return Stage("normed", norm)
     _break(stage, "")
     return None
 
@@ -244,13 +247,12 @@ def _rows(op: Op, inputs: Sequence[_Value], args: Sequence[Any]) -> list[Rows | 
     if op.name in ("cat", "stack") and len(known) == len(inputs) and alike:
         function = torch.cat if op.name == "cat" else torch.stack
         return [Rows(rows.places, function([each.labels for each in known], op["dim"]), rows.offset)]
-    plain = op.name in _LINEAR and not rows.offset
-    product = op.name in ("mul", "div") and len(known) == 1 and not (op.name == "div" and inputs[0].rows is None)
+    product = (
+        op.name in ("mul", "div") and len(known) == 1 and not (op.name == "div" and inputs[0].rows is None)
+    )
     total = op.name in ("add", "sub") and len(known) == len(inputs) == 2 and alike
-    if plain or op.name in _LINEAR or product or total:
-        if rows.labels.shape == op.output.shape:
-            return [rows]
-    return None
+    same = rows.labels.shape == op.output.shape
+    return [rows] if same and (op.name in _LINEAR or product or total) else None
 
 
 def _shaped(op: Op, labels: Tensor, args: Sequence[Any]) -> Iterable[Tensor]:
@@ -357,9 +359,7 @@ class Scales:
         scaled = [Scaled(*place, every, 0.5, norms[0].gammas[gammas[0]])]
         for name, norm in numbers.items():
             one = torch.zeros(1, dtype=torch.int64)
-            scaled.append(
-                Scaled(name, 0, one, norm.epsilon_power, value=norm.epsilon, level=norm.level)
-            )
+            scaled.append(Scaled(name, 0, one, norm.epsilon_power, value=norm.epsilon, level=norm.level))
         fold = Fold(place, torch.zeros_like(every), every, tuple(scaled))
         self._add(norms[0].axis, fold, all(norm.surely for norm in norms))
 

@@ -7,10 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from decay_pruning.graph.axes import Atom, Axes, Axis, Misaligned, divide, leaves
+from decay_pruning import surgery
+from decay_pruning.graph.axes import OPERATION, Atom, Axes, Axis, Misaligned, Reason, divide, fix, leaves
 from decay_pruning.graph.op import Op
+from decay_pruning.graph.rules._table import dims, elementwise, mark_mixed, mix, rule
 from decay_pruning.graph.scales import Norm
-from decay_pruning.graph.rules._table import dims, elementwise, mix, rule
+from decay_pruning.graph.sites import at
 from decay_pruning.structures import Role
 
 
@@ -53,7 +55,10 @@ def rms_norm(op: Op) -> list[Axes]:
     for d, axis in enumerate(x[-len(shape) :]):
         affine(op, axis, d)
     along = x[-len(shape) :]
-    norm = _norm(op, along, lambda why: mix(op, along, "{} normalises over this width" + why))
+    if op.derived:
+        mix(op, along, "{} normalises over this width")
+        return [x]
+    norm = _norm(op, along)
     norm.epsilon = epsilon_of(op["input"].dtype) if op.get("eps") is None else op["eps"]
     norm.level = None if op["input"].is_meta else float(op["input"].double().square().mean())
     weight = op.get("weight")
@@ -69,15 +74,32 @@ def epsilon_of(dtype: torch.dtype) -> float:
     return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
 
 
-def _norm(op: Op, along: Axes, unfit: Callable[[str], None], *, surely: bool = True) -> Norm:
+def _norm(op: Op, along: Axes, *, surely: bool = True) -> Norm:
     """A root mean square begins. What it does to the width is said when it is known whether a fold is possible."""
-    op.site()
     module = None if op.module is None else op.trace.modules.get(op.module)
-    norm = Norm(along[0], module, surely, unfit)
+    norm = Norm(along[0], module, surely, _unfit(op, along) if surely else lambda why: None)
     if len(along) != 1:
         norm.broken = "goes over several dimensions"
     op.trace.norms.append(norm)
     return norm
+
+
+def _unfit(op: Op, along: Axes) -> Callable[[str], None]:
+    """Says what a mean of squares does to a width if nothing takes its scale. Holds no tensors of the run."""
+    whole = op.name != "mean" or "norm" in type(op.module).__name__.lower()
+    alone = op.module is not None and whole and surgery.mixes_alone(op.module)
+    where = op.trace.name(op.module)
+    name = "the mean" if op.name == "mean" else op.name.removeprefix("_")
+    mixed = Reason(OPERATION, f"is mixed by {name}{at(op.site())}")
+
+    def say(why: str) -> None:
+        if alone:
+            mark_mixed(along, f"{where} normalises over this width{why}")
+        else:
+            for axis in along:
+                fix(axis, mixed)
+
+    return say
 
 
 @rule("native_layer_norm")
@@ -158,12 +180,10 @@ def reduction(op: Op) -> Axes | list[Axes]:
     over = dims(op.get("dim"), len(x))
     along = [x[d] for d in over]
     square = op.run.value(op.inputs[0]).stage
-    if op.name == "mean" and not op.derived and square is not None and square.kind == "square":
-        op.norm = _norm(op, along, lambda why: _mixed(op, along, why))
-    elif square is not None and square.kind == "square" and op.name == "sum" and not op.derived:
-        op.norm = _norm(op, along, lambda why: None, surely=False)
-    elif op.name == "linalg_vector_norm" and not op.derived and op["ord"] == 2:
-        op.norm = _norm(op, along, lambda why: None, surely=False)
+    squares = square is not None and square.kind == "square" and op.name in ("mean", "sum")
+    length = op.name == "linalg_vector_norm" and op["ord"] == 2
+    if (squares or length) and not op.derived:
+        op.norm = _norm(op, along, surely=op.name == "mean")
     else:
         _mixed(op, along)
     if op.get("keepdim"):
@@ -171,10 +191,10 @@ def reduction(op: Op) -> Axes | list[Axes]:
     return [axis for d, axis in enumerate(x) if d not in over]
 
 
-def _mixed(op: Op, along: Axes, why: str = "") -> None:
+def _mixed(op: Op, along: Axes) -> None:
     norm = op.module is not None and "norm" in type(op.module).__name__.lower()
     if op.name in _MEANS and (norm or op.derived):
-        mix(op, along, "{} normalises over this width" + why)
+        mix(op, along, "{} normalises over this width")
     elif op.name not in _ADDITIVE:
         op.refuse(along, "is mixed by", name=f"the {op.name}")
 

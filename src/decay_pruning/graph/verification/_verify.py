@@ -192,7 +192,9 @@ def _random_values(model: nn.Module, structures: StructureSet, example_inputs: A
     tensors: list[Tensor] = [p for p in model.parameters() if p.is_floating_point()]
     tensors += [b for name, b in model.named_buffers() if name in buffers and b.is_floating_point()]
     saved = [(tensor, tensor.data) for tensor in tensors]
-    scaled = {each.tensor: each for fold in structures.folds for each in fold.scaled if each.level is not None}
+    scaled = {
+        each.tensor: each for fold in structures.folds for each in fold.scaled if each.level is not None
+    }
     numbers = [(*surgery.parent(model, name), each.level) for name, each in scaled.items()]
     before = [(module, leaf, getattr(module, leaf)) for module, leaf, _ in numbers]
     generator = torch.Generator().manual_seed(0)
