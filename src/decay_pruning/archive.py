@@ -25,8 +25,6 @@ from decay_pruning.errors import ManifestError
 #: The entry of the metadata that holds the description.
 KEY = "decay-pruning"
 VERSION = 2
-#: What is written where a removal has multiplied values: older versions of the library would not know.
-SCALED = 3
 _ZEROS = "0" * 64
 _CHECKSUM = re.compile(rb'\\"checksum\\":\\"([0-9a-f]{64})\\"')
 
@@ -46,7 +44,7 @@ def write(
     """
     target = Path(path)
     text = json.dumps(
-        {"version": VERSION, **description, "checksum": _ZEROS},
+        {**description, "version": VERSION, "checksum": _ZEROS},
         sort_keys=True,
         separators=(",", ":"),
         allow_nan=False,
@@ -94,9 +92,9 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
     except (ValueError, RecursionError) as error:
         raise ManifestError(f"{path} has a damaged description: {short(error)}") from error
     version = metadata.get("version") if first else values.get("version")
-    if version != "1" if first else version not in (VERSION, SCALED):
+    if version != ("1" if first else VERSION):
         raise ManifestError(
-            f"{path} has format version {short(version)}, this library reads 1 to {SCALED}; update decay-pruning"
+            f"{path} has format version {short(version)}, this library reads 1 and {VERSION}; update decay-pruning"
         )
     if not first and not _intact(path):
         raise ManifestError(f"{path} is damaged: its checksum does not fit its content")

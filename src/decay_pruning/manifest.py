@@ -50,7 +50,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "kept": past.state_dict(),
     }
     if past.factors:
-        description |= {"version": archive.SCALED, "scaled": fit.scaled_rows(past.factors)}
+        description["scaled"] = fit.scaled_rows(past.factors)
     archive.write(path, content.tensors, description)
 
 

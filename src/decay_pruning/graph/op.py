@@ -28,7 +28,7 @@ from decay_pruning.graph.axes import (
 from decay_pruning.structures import Role
 
 if TYPE_CHECKING:
-    from decay_pruning.graph.run import Run
+    from decay_pruning.graph.run import Run, Value
     from decay_pruning.graph.scales import Norm
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class Op:
         self.outputs = outputs
         self.trace = run.trace
         self.module = run.stack[-1] if run.stack else None
-        self.run = run
+        self._run = run
         self.norm: Norm | None = None  # that begins here
         self._site: str | None = None
 
@@ -63,16 +63,20 @@ class Op:
     @property
     def derived(self) -> bool:
         """Whether all that goes in is made of parameters and buffers alone."""
-        return all(self.run.value(t).derived for t in self.inputs)
+        return all(self._run.value(t).derived for t in self.inputs)
 
     @property
     def output(self) -> Tensor:
         return self.outputs[0]
 
+    def value(self, tensor: Tensor) -> Value:
+        """What is known of a tensor."""
+        return self._run.value(tensor)
+
     def axes(self, argument: str | Tensor) -> Axes:
         """Axes of a tensor, or of the tensor that is given for an argument."""
         tensor = self.arguments[argument] if isinstance(argument, str) else argument
-        return list(self.run.axes(tensor))
+        return list(self._run.axes(tensor))
 
     def tie(self, a: Axis, b: Axis) -> None:
         """Two axes are one. Where they cannot be, both are fixed."""
@@ -112,7 +116,7 @@ class Op:
     def site(self) -> str:
         """Where in the user's code this is, or in which of torch's layers."""
         if self._site is None:
-            self._site = self.run.site()
+            self._site = self._run.site()
         return self._site
 
     def role(self, axis: Axis, role: Role) -> None:

@@ -43,12 +43,12 @@ Divisors = dict[frozenset[str], Axes]
 
 
 @dataclass
-class _Value:
+class Value:
     """What is known of one tensor of a run."""
 
     axes: Axes
-    parents: list[_Value]
-    base: _Value | None = None
+    parents: list[Value]
+    base: Value | None = None
     derived: bool = False  # from parameters and buffers alone
     parameter: str | None = None
     divisors: Divisors = field(default_factory=dict)  # what it was divided by, derived as well
@@ -78,7 +78,7 @@ class Run(TorchDispatchMode):
         super().__init__()
         self.trace = trace
         self.stack: list[nn.Module] = []
-        self._seen: dict[int, tuple[Any, _Value]] = {}
+        self._seen: dict[int, tuple[Any, Value]] = {}
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
@@ -102,7 +102,7 @@ class Run(TorchDispatchMode):
             for handle in handles:
                 handle.remove()
 
-    def value(self, tensor: Tensor) -> _Value:
+    def value(self, tensor: Tensor) -> Value:
         """What is known of a tensor: a parameter, a result, or a constant."""
         found = self._seen.get(id(tensor))
         if found is not None and found[0]() is tensor:
@@ -120,8 +120,8 @@ class Run(TorchDispatchMode):
     def site(self) -> str:
         return sites.site() or self.trace.name(self.stack[-1] if self.stack else None)
 
-    def see(self, tensor: Tensor, axes: Axes, *, parameter: str | None = None) -> _Value:
-        value = _Value(axes, [], derived=parameter is not None, parameter=parameter)
+    def see(self, tensor: Tensor, axes: Axes, *, parameter: str | None = None) -> Value:
+        value = Value(axes, [], derived=parameter is not None, parameter=parameter)
         self._seen[id(tensor)] = weakref.ref(tensor), value
         return value
 
@@ -184,7 +184,7 @@ class Run(TorchDispatchMode):
             value.divisors = divisors if derived else {}
         scales.follow(op, before, [self.value(tensor) for tensor in op.outputs], args)
 
-    def _divisors(self, op: Op, inputs: Sequence[_Value]) -> Divisors:
+    def _divisors(self, op: Op, inputs: Sequence[Value]) -> Divisors:
         """Weights that this divides by. Noted where the quotient, or the divisor itself, meets an activation."""
         before: Divisors = {}
         for value in inputs:
@@ -203,7 +203,7 @@ class Run(TorchDispatchMode):
     def finish(self, output: Any) -> None:
         """Outputs keep their shape; what leads to them is alive."""
         why = Reason(OUTPUT, "feeds the model's output")
-        todo: list[_Value] = []
+        todo: list[Value] = []
         given = list(proof.leaves(output))
         self.trace.silence = _silence(output, given)
         for leaf in given:

@@ -24,7 +24,7 @@ from decay_pruning.graph.axes import Axis, is_fixed, leaves
 
 if TYPE_CHECKING:
     from decay_pruning.graph.op import Op
-    from decay_pruning.graph.run import _Value
+    from decay_pruning.graph.run import Value
     from decay_pruning.graph.trace import Trace
 
 #: The same values, in another dtype or place.
@@ -135,7 +135,7 @@ class Scores:
 # ------------------------------------------------------------------------------------------- through a run
 
 
-def follow(op: Op, inputs: Sequence[_Value], outputs: Sequence[_Value], args: Sequence[Any]) -> None:
+def follow(op: Op, inputs: Sequence[Value], outputs: Sequence[Value], args: Sequence[Any]) -> None:
     """Note on the outputs of an operation what follows from the notes on its inputs."""
     if all(value.derived for value in inputs):
         _shift(op, inputs, outputs)
@@ -146,7 +146,7 @@ def follow(op: Op, inputs: Sequence[_Value], outputs: Sequence[_Value], args: Se
         value.rows = rows[k] if rows is not None and k < len(rows) else None
 
 
-def _shift(op: Op, inputs: Sequence[_Value], outputs: Sequence[_Value]) -> None:
+def _shift(op: Op, inputs: Sequence[Value], outputs: Sequence[Value]) -> None:
     """Weights to which the model adds a number."""
     shift = next((value.shift for value in inputs if value.shift), 0.0)
     if op.name == "add" and len(inputs) == 1 and isinstance(op["other"], int | float):
@@ -157,7 +157,7 @@ def _shift(op: Op, inputs: Sequence[_Value], outputs: Sequence[_Value]) -> None:
         value.shift = shift
 
 
-def _stage(op: Op, inputs: Sequence[_Value]) -> Stage | None:
+def _stage(op: Op, inputs: Sequence[Value]) -> Stage | None:
     if _is_square(op, inputs):
         return Stage("square")
     if op.norm is not None:
@@ -200,7 +200,7 @@ def _stage(op: Op, inputs: Sequence[_Value]) -> Stage | None:
     return None
 
 
-def _scaled(op: Op, stage: Stage, inputs: Sequence[_Value], number: float | None) -> Stage | None:
+def _scaled(op: Op, stage: Stage, inputs: Sequence[Value], number: float | None) -> Stage | None:
     """The product with γ, which is where a norm ends."""
     norm = stage.norm
     assert norm is not None
@@ -220,7 +220,7 @@ def _break(stage: Stage, why: str) -> None:
         stage.norm.broken = stage.norm.broken or why or "is used in another way, too"
 
 
-def _is_square(op: Op, inputs: Sequence[_Value]) -> bool:
+def _is_square(op: Op, inputs: Sequence[Value]) -> bool:
     if op.name == "pow":
         return len(inputs) == 1 and op["exponent"] == 2
     return op.name == "square" or (op.name == "mul" and len(inputs) == 2 and inputs[0] is inputs[1])
@@ -233,7 +233,7 @@ def _level(tensor: Tensor) -> float | None:
     return found if 0 < found < 1e30 else None
 
 
-def _rows(op: Op, inputs: Sequence[_Value], args: Sequence[Any]) -> list[Rows | None] | None:
+def _rows(op: Op, inputs: Sequence[Value], args: Sequence[Any]) -> list[Rows | None] | None:
     made = _made(op, inputs)
     if made is not None:
         return [made]
@@ -241,6 +241,8 @@ def _rows(op: Op, inputs: Sequence[_Value], args: Sequence[Any]) -> list[Rows | 
     if not known:
         return None
     rows = known[0]
+    if op.name == "add" and len(inputs) == 2 and inputs[1].derived:
+        return [_with_bias(op, rows)]
     alike = all(each.places == rows.places and each.offset == rows.offset for each in known)
     if op.name in _SHAPED and len(inputs) == 1:
         return [Rows(rows.places, labels, rows.offset) for labels in _shaped(op, rows.labels, args)]
@@ -255,6 +257,16 @@ def _rows(op: Op, inputs: Sequence[_Value], args: Sequence[Any]) -> list[Rows | 
     return [rows] if same and (op.name in _LINEAR or product or total) else None
 
 
+def _with_bias(op: Op, rows: Rows) -> Rows | None:
+    """Rows, and a bias that is added to them one by one."""
+    bias = op["other"]
+    place = op.trace.place_of(op.axes(bias)[-1]) if bias.ndim == 1 else None
+    size, labels = bias.shape[-1] if bias.ndim else 0, rows.labels
+    in_order = labels.shape[-1] == size and bool((labels == torch.arange(size, dtype=labels.dtype)).all())
+    good = place is not None and in_order and labels.shape == op.output.shape and op.get("alpha", 1) == 1
+    return Rows(rows.places | {place}, labels, rows.offset) if good and place is not None else None
+
+
 def _shaped(op: Op, labels: Tensor, args: Sequence[Any]) -> Iterable[Tensor]:
     if op.name in ("view", "_unsafe_view", "reshape", "_reshape_alias"):
         return [labels.reshape(op.output.shape)]
@@ -262,7 +274,7 @@ def _shaped(op: Op, labels: Tensor, args: Sequence[Any]) -> Iterable[Tensor]:
     return found if isinstance(found, list | tuple) else [found]
 
 
-def _made(op: Op, inputs: Sequence[_Value]) -> Rows | None:
+def _made(op: Op, inputs: Sequence[Value]) -> Rows | None:
     """Rows that an operation reads from a parameter: a product with it, or with the γ of a norm."""
     weight, bias = {
         "mm": ("mat2", None),
@@ -281,7 +293,7 @@ def _made(op: Op, inputs: Sequence[_Value]) -> Rows | None:
         offset = value.shift
         if op.output.ndim == 0 or value.axes[-1:] == [] or value.axes[-1].size != op.output.shape[-1]:
             return None
-    if weight is None or not isinstance(op.get(weight), Tensor) or not op.run.value(op[weight]).derived:
+    if weight is None or not isinstance(op.get(weight), Tensor) or not op.value(op[weight]).derived:
         return None
     axes = op.axes(weight)
     d = 1 if "convolution" in op.name else op.output.ndim - 1
@@ -289,7 +301,7 @@ def _made(op: Op, inputs: Sequence[_Value]) -> Rows | None:
     places = {op.trace.place_of(axes[0 if first else -1])}
     if bias is not None and isinstance(op.get(bias), Tensor):
         places.add(op.trace.place_of(op.axes(bias)[-1]))
-    names = {name for name in op.run.value(op[weight]).names()}
+    names = {name for name in op.value(op[weight]).names()}
     if None in places or len(names) != 1 or op.get("transposed"):
         return None
     shape = [1] * op.output.ndim

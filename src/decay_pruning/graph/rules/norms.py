@@ -63,7 +63,7 @@ def rms_norm(op: Op) -> list[Axes]:
     norm.level = None if op["input"].is_meta else float(op["input"].double().square().mean())
     weight = op.get("weight")
     if weight is not None:
-        value = op.run.value(weight)
+        value = op.value(weight)
         names = value.names() if value.derived else set()
         norm.gammas = dict.fromkeys(names, value.shift)
     return [x]
@@ -179,7 +179,7 @@ def reduction(op: Op) -> Axes | list[Axes]:
         return elementwise(op)
     over = dims(op.get("dim"), len(x))
     along = [x[d] for d in over]
-    square = op.run.value(op.inputs[0]).stage
+    square = op.value(op.inputs[0]).stage
     squares = square is not None and square.kind == "square" and op.name in ("mean", "sum")
     length = op.name == "linalg_vector_norm" and op["ord"] == 2
     if (squares or length) and not op.derived:

@@ -110,7 +110,7 @@ def batched_product(op: Op) -> Axes:
     a, b = op.axes(first), op.axes(second)
     op.tie(a[0], b[0])
     op.trace.heads.append(a[0])
-    derived = [op.run.value(op[name]).derived for name in (first, second)]
+    derived = [op.value(op[name]).derived for name in (first, second)]
     if not any(derived):  # torch's own attention divides by the width of its heads
         note_scores(op, a[-1], op[first], surely=isinstance(op.module, nn.MultiheadAttention), key=op[second])
     out = [a[0], *multiply(op, a[1:], b[1:])]
@@ -175,8 +175,8 @@ def attention(op: Op) -> list[Axes]:
 def note_scores(op: Op, width: Axis, query: Tensor, *, surely: bool, key: Tensor | None = None) -> None:
     """Queries meet keys along a width, by the root of which the scores may be divided (`scales`)."""
     module = None if op.module is None else op.trace.modules.get(op.module)
-    rows = op.run.value(query).rows
-    if rows is None and key is not None and (rows := op.run.value(key).rows) is not None:
+    rows = op.value(query).rows
+    if rows is None and key is not None and (rows := op.value(key).rows) is not None:
         rows = replace(rows, labels=rows.labels.transpose(-1, -2))
     op.trace.scores.append(Scores(width, rows, module, surely))
 
