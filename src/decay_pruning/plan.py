@@ -60,7 +60,7 @@ def inspect(model: nn.Module, example_inputs: Any, host: Host | None = None, **o
         model: any model.
         example_inputs: see `Pruner`.
         host: find the structures as this host does; with its settings, so without options.
-        options: `ignored`, `heads`, `allow_inexact`, see `DepGraph`.
+        options: `ignored`, `heads`, `allow_inexact`, `outputs`, see `DepGraph`.
 
     Raises:
         ConfigError: both a host and options, or an option that is unknown or has a wrong value.
@@ -75,7 +75,7 @@ def inspect(model: nn.Module, example_inputs: Any, host: Host | None = None, **o
 
 
 def _known(options: dict[str, Any]) -> dict[str, Any]:
-    known = ("ignored", "heads", "allow_inexact")
+    known = ("ignored", "heads", "allow_inexact", "outputs")
     for name in options:
         if name not in known:
             raise ConfigError(

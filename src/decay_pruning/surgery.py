@@ -815,6 +815,7 @@ def _try_remove(
         natural = any(structures.groups[name].inexact for name in picks)
     kept = structures.kept(picks)
     scaled = scaled_by(model, structures, kept)
+    shown = structures.outputs.kept(structures.gone(picks))
     mixed = {name: ids for name, ids in picks.items() if structures.groups[name].inexact} or picks
     verdict = Verdict(None, None)
     zeroed = _zero(model, structures, picks)
@@ -829,7 +830,7 @@ def _try_remove(
                             model, structures.kept(mixed), structures.standardised, scaled
                         )
                         stack.enter_context(left)
-                    before = settings.observe(model, dtype, only)
+                    before = [each.narrowed(shown) for each in settings.observe(model, dtype, only)]
             except SurgeryError as error:
                 if verdict.problem is None:
                     return Verdict(None, f"the proof fails: {error}")

@@ -156,7 +156,8 @@ class Proposals:
                     more.append(each.coupling)
             groups[name] = replace(group, couplings=(*group.couplings, *more))
         folds = [*self._scales.sure, *(fold for some in self._folds.values() for fold in some)]
-        return replace(structures, groups=groups, sizes=sizes, folds=tuple(folds))
+        outputs = self._trace.outputs.of(self.assembly.atoms)
+        return replace(structures, groups=groups, sizes=sizes, folds=tuple(folds), outputs=outputs)
 
     def _variants(self, name: str) -> list[Variant]:
         """Choices of attributes, none first."""

@@ -206,10 +206,14 @@ class Run(TorchDispatchMode):
         todo: list[Value] = []
         given = list(proof.leaves(output))
         self.trace.silence = _silence(output, given)
-        for leaf in given:
+        names = self.trace.outputs.names(output, len(given))
+        for name, leaf in zip(names, given, strict=True):
             value = self.value(leaf)
-            for axis in value.axes:
-                fix(axis, why)
+            if name is None:
+                for axis in value.axes:
+                    fix(axis, why)
+            else:
+                self._may_lose(name, value.axes)
             if leaf.is_floating_point() or leaf.is_complex():
                 todo.append(value)
         reached: set[int] = set()
@@ -222,6 +226,16 @@ class Run(TorchDispatchMode):
                 self.trace.live.add(value.parameter)
             todo += value.parents
         self._seen.clear()
+
+    def _may_lose(self, name: str, axes: Axes) -> None:
+        """An output that need not keep its shape: in every run it has the same axes."""
+        before = self.trace.outputs.axes.setdefault(name, axes)
+        for mine, axis in zip(before, axes, strict=False):
+            try:
+                unify(mine, axis)
+            except Misaligned:  # another batch
+                for each in (mine, axis):
+                    fix(each, Reason(OUTPUT, f"feeds the output {name!r} in two ways"))
 
 
 def _divisor(op: Op) -> Iterator[Tensor]:

@@ -20,19 +20,25 @@ from decay_pruning.graph.attributes import reads
 from decay_pruning.graph.axes import INPUT, Atom, Axes, Axis, Product, Reason, Sum
 from decay_pruning.graph.run import Run
 from decay_pruning.graph.scales import Norm, Scores
+from decay_pruning.graph.wanted import Wanted
 from decay_pruning.keeping import eager, unwritten
 from decay_pruning.structures import Place, Role
 
 log = logging.getLogger(__name__)
 
 
-def trace(model: nn.Module, example_inputs: Sequence[Any]) -> Trace:
+def trace(model: nn.Module, example_inputs: Sequence[Any], outputs: Sequence[str | int] = ()) -> Trace:
     """Run a model on every example, in evaluation and in training mode. The model is left as it was.
 
+    Args:
+        outputs: names of the outputs that keep their shape; none for all.
+
     Raises:
+        ConfigError: no such output.
         GraphError: the model does not run, or its output does not depend on its parameters.
     """
     found = Trace(model)
+    found.outputs.asked = tuple(outputs)
     for example in example_inputs:
         try:
             found.run(example)
@@ -40,6 +46,7 @@ def trace(model: nn.Module, example_inputs: Sequence[Any]) -> Trace:
             raise GraphError(
                 f"the model cannot be traced with these example inputs: {type(error).__name__}: {error}"
             ) from error
+    found.outputs.check()
     if not found.live & found.parameters.keys():
         raise GraphError(f"{found.silence}, so its layers cannot be traced")
     if any(True for _ in model.children()):
@@ -70,6 +77,7 @@ class Trace:
         attributes: module attributes that carry a width → its axis.
         used: names of parameters that an operation has read.
         live: names of parameters from which an output follows.
+        outputs: which outputs may lose width.
         calls: layer → axes of its first input and first output.
         integers: own module → the numbers and tuples on it that a run has read.
         norms, scores: where the model divides by a width (see `scales`).
@@ -90,6 +98,7 @@ class Trace:
         self.used: set[str] = set()
         self.live: set[str] = set()
         self.silence = ""
+        self.outputs = Wanted()
         self.norms: list[Norm] = []
         self.scores: list[Scores] = []
         self.integers: dict[str, dict[str, Any]] = {}
