@@ -160,7 +160,7 @@ def _check_scaled(view: View, meta: Mapping[str, Any], path: str | os.PathLike[s
         ManifestError: they are not.
     """
     factors = scaled(meta)
-    owners = _owners(name for name, _ in factors if isinstance(view.get(name), Tensor))
+    owners = {name.rpartition(".")[0] for name, _ in factors if isinstance(view.get(name), Tensor)}
     for (name, dim), factor in factors.items():
         thing, size = view.get(name), factor.values.numel()
         good = isinstance(thing, Tensor) and dim < thing.ndim and thing.shape[dim] == size

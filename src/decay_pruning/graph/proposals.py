@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from decay_pruning import surgery
 from decay_pruning.folds import Fold
 from decay_pruning.graph.attributes import Attributes, Candidate, same
-from decay_pruning.graph.axes import Atom, Axis, leaves
+from decay_pruning.graph.axes import Atom, Axis, Misaligned, find, leaves, unify
 from decay_pruning.graph.choices import Choices
 from decay_pruning.graph.families import assemble
 from decay_pruning.graph.scales import Option, Scales
@@ -51,6 +52,7 @@ class Proposals:
         self._allow_inexact = allow_inexact
         self.assembly = assemble(trace)
         self._sites: dict[str, str] = {}
+        self._ties: dict[str, str] = {}  # layer group → the one that it became one with
         self._folds: dict[str, list[Fold]] = {}  # that go with a layer group
         self._taken: dict[Place, tuple[str, Axis]] = {}  # attributes that follow a layer group
         self._searches: dict[Hashable, _Search] = {}
@@ -61,7 +63,7 @@ class Proposals:
     def first(self) -> StructureSet:
         """Every layer group, without any attribute of the user's own."""
         self._sites |= self.assembly.sites
-        return self._set(dict.fromkeys(self.assembly.structures.groups, ()))
+        return self._set({name: self._variants(name)[0] for name in self.assembly.structures.groups})
 
     def second(self, failed: Mapping[str, str]) -> StructureSet | None:
         """What to try in the place of layer groups that have failed, for these reasons."""
@@ -126,15 +128,49 @@ class Proposals:
 
     def _freed(self) -> StructureSet | None:
         """The families that were out for the sake of what is lost."""
+        if tied := self._tied():
+            return self._again(tied)
         freed = {id(atom) for atom in self._choices.second(self._lost, self._allow_inexact)}
         self._lost = {}
-        if not freed:
-            return None
-        names = {id(atom): name for name, atom in self.assembly.atoms.items() if atom.reason is None}
+        return self._again(freed) if freed else None
+
+    def _tied(self) -> set[int]:
+        """Tie widths that are lost and that one number on a module stands for: both are as wide as it says.
+
+        So it is with the offsets in a head of queries and keys on one side, and of values on the other.
+        """
+        groups = self.assembly.structures.groups
+        names = {name: atom for name, atom in self.assembly.atoms.items() if id(atom) in self._lost}
+        first: dict[Place, tuple[str, Axis]] = {}
+        tied: dict[str, str] = {}
+        for name, atom in names.items():
+            for each in self._attributes.of(groups[name], atom):
+                other, axis = first.setdefault(each.coupling.place, (name, each.axis))
+                if other == name or not each.near:
+                    continue
+                with suppress(Misaligned):
+                    unify(axis, each.axis)
+                    tied[name] = other
+        for name, other in tied.items():
+            for atom in (names[name], names[other]):
+                self._lost.pop(id(atom), None)
+                self._known.pop(id(atom), None)
+        self._ties |= tied
+        if tied:  # layer groups of a new kind, whatever they look like
+            self._searches.clear()
+        return {id(atom) for name in tied.values() for atom in leaves(names[name])}
+
+    def _again(self, freed: Collection[int]) -> StructureSet:
+        """Assemble anew, and try what is free now."""
+        names: dict[int, str] = {}
+        for name, atom in self.assembly.atoms.items():
+            now = find(atom)
+            if isinstance(now, Atom) and now.reason is None:
+                names.setdefault(id(now), name)
         self.assembly = assemble(self._trace, names)
         self._sites |= self.assembly.sites
         fresh = [name for name, atom in self.assembly.atoms.items() if id(atom) in freed]
-        return self._set(dict.fromkeys(fresh, ()))
+        return self._set({name: self._variants(name)[0] for name in fresh})
 
     # ------------------------------------------------------------------------------------------- attributes
 
@@ -173,13 +209,18 @@ class Proposals:
             choices += [sure, *((each,) for each in some[:6]), *((*sure, each) for each in doubtful)]
             choices += [tuple(e for e in some if e is not each) for each in doubtful] + [tuple(some)]
         if options:
-            choices = [each for choice in choices for each in (choice, (*choice, *options))]
+            pairs = [(choice, (*choice, *options)) for choice in choices]
+            turned = any(each.first for each in options)
+            choices = [each for pair in pairs for each in (reversed(pair) if turned else pair)]
         self._known[id(atom)] = found = list(dict.fromkeys(choices))
         return found
 
     def located(self, structures: StructureSet) -> StructureSet:
         """Name the line that splits a width whose removal fails: there stands a number that does not follow it."""
         told = dict(structures.unprunable)
+        for name, other in self._ties.items():
+            if other in structures.groups:
+                told.pop(name, None)
         for name in told.keys() & self._sites.keys():
             site = self._sites[name]
             made = site.startswith(("new_", "zeros", "ones", "empty", "full", "rand", "arange"))

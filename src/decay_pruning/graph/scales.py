@@ -223,7 +223,7 @@ def _break(stage: Stage, why: str) -> None:
 def _is_square(op: Op, inputs: Sequence[Value]) -> bool:
     if op.name == "pow":
         return len(inputs) == 1 and op["exponent"] == 2
-    return op.name == "square" or (op.name == "mul" and len(inputs) == 2 and inputs[0] is inputs[1])
+    return op.name == "square" or (op.name == "mul" and len(inputs) == 2 and op.inputs[0] is op.inputs[1])
 
 
 def _level(tensor: Tensor) -> float | None:
@@ -315,10 +315,17 @@ def _made(op: Op, inputs: Sequence[Value]) -> Rows | None:
 
 @dataclass(frozen=True, eq=False)
 class Option:
-    """A fold that is tried where a removal changes the output without it."""
+    """A fold that is tried, too, since it is not known whether the model divides by the width.
+
+    Attributes:
+        axis: the width.
+        fold: what takes its change.
+        first: it is tried before the removal without it.
+    """
 
     axis: Axis
     fold: Fold
+    first: bool
 
 
 class Scales:
@@ -355,6 +362,8 @@ class Scales:
             why = "has a scale of several dimensions"
         for norm in norms if not why else ():
             found = norm.numbers(trace)
+            if gammas[0].rpartition(".")[0] != (norm.module or ""):
+                found = []
             if norm.epsilon and len(found) != 1:
                 why = (
                     f"adds {norm.epsilon:g}, which is no number on the module"
@@ -364,7 +373,7 @@ class Scales:
             numbers |= dict.fromkeys(found, norm)
         if why:
             for norm in norms:
-                norm.unfit(f", and {why}")
+                norm.unfit(f", and {why}" if norm.gammas or norm.epsilon else "")
             return
         place = gammas[0], 0
         every = torch.arange(trace.parameters[gammas[0]].shape[0])
@@ -383,7 +392,7 @@ class Scales:
         if surely:
             self.sure.append(fold)
         else:
-            self.options.append(Option(axis, fold))
+            self.options.append(Option(axis, fold, fold.scaled[0].power > 0))
 
 
 def _mixed(trace: Trace, scores: Scores) -> None:

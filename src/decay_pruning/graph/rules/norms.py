@@ -90,14 +90,14 @@ def _unfit(op: Op, along: Axes) -> Callable[[str], None]:
     alone = op.module is not None and whole and surgery.mixes_alone(op.module)
     where = op.trace.name(op.module)
     name = "the mean" if op.name == "mean" else op.name.removeprefix("_")
-    mixed = Reason(OPERATION, f"is mixed by {name}{at(op.site())}")
+    mixed = f"is mixed by {name}{at(op.site())}"
 
     def say(why: str) -> None:
         if alone:
             mark_mixed(along, f"{where} normalises over this width{why}")
         else:
             for axis in along:
-                fix(axis, mixed)
+                fix(axis, Reason(OPERATION, mixed + why))
 
     return say
 
