@@ -65,8 +65,9 @@ class Proposals:
         self._sites |= self.assembly.sites
         return self._set({name: self._variants(name)[0] for name in self.assembly.structures.groups})
 
-    def second(self, failed: Mapping[str, str]) -> StructureSet | None:
-        """What to try in the place of layer groups that have failed, for these reasons."""
+    def second(self, failed: Mapping[str, str] | None) -> StructureSet | None:
+        """What to try in the place of layer groups that have failed, for these reasons; None: all others have passed."""
+        last, failed = failed is None, failed or {}
         for name, why in failed.items():
             self._taken = {p: (owner, axis) for p, (owner, axis) in self._taken.items() if owner != name}
             kind = kind_of(self._trace.model, self.assembly.structures.groups[name])
@@ -81,7 +82,7 @@ class Proposals:
         for search in self._searches.values():
             if not search.done:
                 todo |= self._next(search, failed)
-        return self._set(todo) if todo else self._freed()
+        return self._set(todo) if todo else self._freed(last)
 
     def _next(self, search: _Search, failed: Mapping[str, str]) -> dict[str, Variant]:
         """The next choice for the first layer group; once it has passed, the same one for all others."""
@@ -126,13 +127,25 @@ class Proposals:
             atom = self.assembly.atoms[name]
             self._lost[id(atom)] = atom, why
 
-    def _freed(self) -> StructureSet | None:
+    def _freed(self, last: bool) -> StructureSet | None:
         """The families that were out for the sake of what is lost."""
+        if not last and self._waits():
+            return None
         if tied := self._tied():
             return self._again(tied)
         freed = {id(atom) for atom in self._choices.second(self._lost, self._allow_inexact)}
         self._lost = {}
         return self._again(freed) if freed else None
+
+    def _waits(self) -> bool:
+        """Whether something that is lost may still be tied to what has not failed so far."""
+        groups = self.assembly.structures.groups
+        places: dict[Place, set[bool]] = {}
+        for name, atom in self.assembly.atoms.items():
+            if atom.reason is None:
+                for each in self._attributes.of(groups[name], atom):
+                    places.setdefault(each.coupling.place, set()).add(id(atom) in self._lost)
+        return any(len(some) == 2 for some in places.values())
 
     def _tied(self) -> set[int]:
         """Tie widths that are lost and that one number on a module stands for: both are as wide as it says.

@@ -34,8 +34,8 @@ def demote(structures: StructureSet) -> StructureSet:
     return replace(structures, groups=groups, unprunable={**structures.unprunable, **inexact})
 
 
-#: Layer groups that have failed, each with the reason → others to be tried in their place, or None.
-Second = Callable[[Mapping[str, str]], StructureSet | None]
+#: Layer groups that have failed, each with the reason (None: all others have passed) → what to try in their place.
+Second = Callable[[Mapping[str, str] | None], StructureSet | None]
 
 
 def verified(
@@ -62,6 +62,8 @@ def verified(
             todo = second(run.fit(todo))
             if todo is None:
                 todo = second(run.prove())
+            if todo is None:
+                todo = second(None)
     structures = run.structures
     unprunable = {name: why for name, why in run.unprunable.items() if name not in run.passed}
     return replace(structures, groups=run.passed, unprunable=unprunable)
