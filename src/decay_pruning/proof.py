@@ -452,6 +452,7 @@ class Setting:
     where: str  # in words: "on the example inputs"
     still: bool = False  # it draws random numbers, which are taken out
     steps: bool = False  # it rounds, which is looked through
+    narrow: frozenset[torch.dtype] = frozenset()  # what values of the widest dtype are cast to on the way
 
 
 @torch.no_grad()
@@ -485,7 +486,11 @@ def _run(
         except Exception:  # chance cannot be taken out of it: what was drawn has to do
             log.debug("the model does not run without chance", exc_info=True)
             setting.still = False
-    coarsest = max((d for d in dtypes if d in TOLERANCE), key=TOLERANCE.__getitem__, default=torch.float32)
+    coarsest = max(
+        (d for d in dtypes | setting.narrow if d in TOLERANCE),
+        key=TOLERANCE.__getitem__,
+        default=torch.float32,
+    )
     return Output(found, coarsest, tuple(name for name, _ in outputs.named(output)))
 
 
@@ -559,6 +564,8 @@ class Settings:
             with Steps() as steps:
                 output = _run(model, setting, self.dtypes[0])
             setting.steps = steps.found
+            if self.dtypes[0] == torch.float64:
+                setting.narrow = frozenset(steps.narrow)
             return output
         except Exception:  # not what this is about, or the model needs whole numbers
             return _run(model, setting, self.dtypes[0])

@@ -66,7 +66,7 @@ class Proposals:
         return self._set({name: self._variants(name)[0] for name in self.assembly.structures.groups})
 
     def second(self, failed: Mapping[str, str] | None) -> StructureSet | None:
-        """What to try in the place of layer groups that have failed, for these reasons; None: all others have passed."""
+        """What to try in place of layer groups that have failed, for these reasons; None: all others have passed."""
         last, failed = failed is None, failed or {}
         for name, why in failed.items():
             self._taken = {p: (owner, axis) for p, (owner, axis) in self._taken.items() if owner != name}
