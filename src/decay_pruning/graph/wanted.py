@@ -29,7 +29,7 @@ class Wanted:
     asked: tuple[str | int, ...] = ()
     axes: dict[str, Axes] = field(default_factory=dict)
     seen: dict[str, None] = field(default_factory=dict)
-    found: set[str] = field(default_factory=set)
+    found: set[str | int] = field(default_factory=set)
 
     def names(self, output: Any, count: int) -> list[str | None]:
         """For each tensor that a run returns its name, if it may lose width, or None."""
@@ -38,8 +38,8 @@ class Wanted:
         known = [name for name, _ in named(output)]
         self.seen |= dict.fromkeys(known)
         length = len(output) if isinstance(output, list | tuple) else 0
-        keep = {str(n + length if isinstance(n, int) and n < 0 else n) for n in self.asked}
-        self.found |= {name for name in keep if any(wanted(each, [name]) for each in known)}
+        keep = {str(n + length if isinstance(n, int) and n < 0 else n): n for n in self.asked}
+        self.found |= {n for name, n in keep.items() if any(wanted(each, [name]) for each in known)}
         here = [wanted(name, keep) for name in known]
         if len(known) != count or not any(here):
             return [None] * count
@@ -53,8 +53,7 @@ class Wanted:
         """
         names = [name for name in self.seen if name]
         for each in self.asked:
-            negative = isinstance(each, int) and each < 0
-            if (not negative and str(each) not in self.found) or (negative and not self.found):
+            if each not in self.found:
                 there = (
                     f"its outputs are {', '.join(names)}"
                     if names
