@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,17 @@ class OnePlus(nn.Module):
         return y * (1.0 + self.scale)
 
 
+class Early(nn.Module):
+    """The root times γ first."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.g, self._eps = nn.Parameter(torch.rand(width) + 0.5), EPSILON
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (torch.rsqrt(x.square().mean(-1, keepdim=True) + self._eps) * self.g)
+
+
 class ByLength(nn.Module):
     """The length over the root of the width that comes in, and ε outside of the root."""
 
@@ -84,6 +96,7 @@ class Fixed(nn.Module):
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "by hand": Norm,
     "one plus": OnePlus,
+    "early": Early,
     "by length": ByLength,
     "fixed": Fixed,
     "torch": lambda width: nn.RMSNorm(width, eps=EPSILON),
@@ -111,6 +124,8 @@ class Block(nn.Module):
             a = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         elif self.scores == "by hand":
             a = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
+        elif self.scores == "by number":
+            a = (q @ k.mT / math.sqrt(self.head)).softmax(-1) @ v
         else:
             a = F.scaled_dot_product_attention(q, k, v)
         x = x + self.out(a.transpose(1, 2).flatten(2))
@@ -151,7 +166,7 @@ def test_the_width_of_a_root_mean_square_goes_exactly(norm: str) -> None:
     assert worst < 1e-10 and len(left.groups["0"]) == 4
 
 
-@pytest.mark.parametrize("scores", ["sdpa", "by hand", "stored", "normed"])
+@pytest.mark.parametrize("scores", ["sdpa", "by hand", "by number", "stored", "normed"])
 def test_offsets_in_all_heads_go_exactly(scores: str) -> None:
     model, x = build(scores=scores), image(2, 7, 5).double()
     worst, left = removed_twice(model, x, heads=OFFSETS)
@@ -159,6 +174,43 @@ def test_offsets_in_all_heads_go_exactly(scores: str) -> None:
     assert model[1].q.out_features == 4 and model[1].scale == 0.5
     powers = {each.power for fold in left.folds for each in fold.scaled if fold.place[0].startswith("1.q")}
     assert powers == (set() if scores in ("stored", "normed") else {-0.5})
+
+
+def test_queries_that_are_the_keys_share_the_change() -> None:
+    class Same(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.out = nn.Linear(5, 12), nn.Linear(6, 2)
+            self.v = nn.Linear(5, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, v = (f(x).unflatten(-1, (3, -1)).transpose(1, 2) for f in (self.q, self.v))
+            return self.out(F.scaled_dot_product_attention(q, q, v).transpose(1, 2).flatten(2))
+
+    model = Same().double()
+    worst, left = removed_twice(model, image(2, 7, 5).double(), heads={"q": 3})
+    assert worst < 1e-10 and len(left.groups["q"]) == 1 and left.folds[0].scaled[0].power == -0.25
+
+
+def test_a_norm_in_single_precision_in_a_model_in_double() -> None:
+    class Single(Norm):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.float()).to(x.dtype)
+
+    model = nn.Sequential(nn.Linear(5, 12), Single(12), nn.Linear(12, 3)).double()
+    worst, left = removed_twice(model, image(2, 7, 5).double())
+    assert worst < 1e-5 and len(left.groups["0"]) == 4
+
+
+def test_beside_a_norm_that_has_no_fold() -> None:
+    """The width is inexact by its nature; what does have a fold has it all the same."""
+    norms = nn.Sequential(Norm(12), nn.RMSNorm(12, elementwise_affine=False), nn.LayerNorm(12))
+    model = nn.Sequential(nn.Linear(5, 12), *norms, nn.Linear(12, 3)).double()
+    x = image(2, 7, 5).double()
+    structures = Graph(model, x, allow_inexact=True).structures
+    assert structures.groups["0"].inexact
+    surgery.remove(model, structures, {"0": [1, 5, 7]}, example_inputs=x)
+    assert model[1].variance_epsilon == pytest.approx(EPSILON * 12 / 9)
 
 
 def test_torch_s_own_attention_over_a_root_mean_square() -> None:

@@ -168,12 +168,8 @@ def _check_scaled(view: View, meta: Mapping[str, Any], path: str | os.PathLike[s
             owner, _, leaf = view.full(name).rpartition(".")
             module = view.model.get_submodule(owner)
             number = vars(module).get(leaf)
-            good = not leaf.startswith("_") and (
-                type(number) is float
-                or (
-                    number is None and isinstance(module, nn.RMSNorm) and leaf == "eps" and bool(factor.value)
-                )
-            )
+            unset = number is None and isinstance(module, nn.RMSNorm) and leaf == "eps"
+            good = type(number) is float or (unset and bool(factor.value))
         if not good:
             raise ManifestError(f"{path} would multiply {name!r}, which is nothing that a removal scales")
 

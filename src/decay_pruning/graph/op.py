@@ -51,6 +51,7 @@ class Op:
         self.trace = run.trace
         self.module = run.stack[-1] if run.stack else None
         self._run = run
+        self.scaled, run.scaled = run.scaled, run.scaled and not name.endswith("bmm")
         self.norm: Norm | None = None  # that begins here
         self._site: str | None = None
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from decay_pruning import proof
@@ -69,6 +70,26 @@ class Value:
         return found
 
 
+class Attentions(TorchFunctionMode):
+    """Tells a run that an attention begins whose scale follows the width: its products can come one by one."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self._run = run
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        attention = func is torch.nn.functional.scaled_dot_product_attention
+        self._run.scaled |= attention and given.get("scale") is None and len(args) < 7
+        try:
+            return func(*args, **given)
+        finally:
+            if attention:
+                self._run.scaled = False
+
+
 class Run(TorchDispatchMode):
     """One run of the model."""
 
@@ -78,6 +99,7 @@ class Run(TorchDispatchMode):
         super().__init__()
         self.trace = trace
         self.stack: list[nn.Module] = []
+        self.scaled = False  # an attention begins that divides by the root of its width
         self._seen: dict[int, tuple[Any, Value]] = {}
 
     @contextmanager

@@ -101,6 +101,12 @@ class Rows:
     labels: Tensor
     offset: float = 0.0
 
+    def lines(self) -> Tensor:
+        """The numbers of the rows behind each vector of the last dimension, where those of one head differ."""
+        first = self.labels.select(-2, 0).to(torch.int64)
+        lines: Tensor = torch.unique(first.reshape(-1, first.shape[-1]), dim=0)
+        return lines
+
 
 @dataclass
 class Scores:
@@ -109,12 +115,14 @@ class Scores:
     Attributes:
         axis: what is summed over.
         rows: where the queries come from; or None.
+        keys: where the keys come from; the same rows where queries and keys are one.
         module: name of the module whose code this is in.
         surely: the scale is known to follow the width.
     """
 
     axis: Axis
     rows: Rows | None
+    keys: Rows | None
     module: str | None
     surely: bool
 
@@ -122,13 +130,15 @@ class Scores:
         """What takes the change of the scale."""
         if self.rows is None:
             return None
-        lines = torch.unique(self.rows.labels.to(torch.int64).flatten(0, -2), dim=0)
+        lines, keys = self.rows.lines(), self.keys
+        one = keys is not None and keys.places == self.rows.places and torch.equal(keys.lines(), lines)
+        power = -0.25 if one else -0.5
         position = lines.flatten()
         if position.unique().numel() != position.numel():
             return None
         line = torch.arange(len(lines)).repeat_interleave(lines.shape[1])
         places = sorted(self.rows.places)
-        scaled = tuple(Scaled(*place, position, -0.5, self.rows.offset) for place in places)
+        scaled = tuple(Scaled(*place, position, power, self.rows.offset) for place in places)
         return Fold(places[0], line, position, scaled)
 
 
@@ -193,9 +203,12 @@ def _stage(op: Op, inputs: Sequence[Value]) -> Stage | None:
         return Stage("inverse", norm)
     other = [value for value in inputs if value.stage is not stage]
     divides = op.name == "div" and len(inputs) == 2 and inputs[1].stage is stage
+    if kind == "inverse" and op.name == "mul" and len(other) == 1 and other[0].derived and not norm.gammas:
+        _scaled(op, stage, inputs, number)  # the root times γ comes before what is divided by it
+        return stage
     whole = (kind == "root" and divides) or (kind == "inverse" and op.name == "mul")
     if whole and len(other) == 1 and not other[0].derived:
-        return Stage("normed", norm)
+        return None if norm.gammas else Stage("normed", norm)
     _break(stage, "")
     return None
 

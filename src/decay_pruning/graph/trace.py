@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from decay_pruning import proof
 from decay_pruning.errors import GraphError
 from decay_pruning.graph.attributes import reads
 from decay_pruning.graph.axes import INPUT, Atom, Axes, Axis, Product, Reason, Sum
-from decay_pruning.graph.run import Run
+from decay_pruning.graph.run import Attentions, Run
 from decay_pruning.graph.scales import Norm, Scores
 from decay_pruning.graph.wanted import Wanted
 from decay_pruning.keeping import eager, unwritten
@@ -159,7 +159,14 @@ class Trace:
         for leaf in proof.leaves(example_inputs):
             run.see(leaf, [Atom(int(n), Reason(INPUT, "is tied to the model's input")) for n in leaf.shape])
         try:
-            with proof.untouched(self.model), _no_fast_paths(), torch.no_grad(), run.hooks(), reads(self):
+            with (
+                proof.untouched(self.model),
+                _no_fast_paths(),
+                torch.no_grad(),
+                run.hooks(),
+                reads(self),
+                Attentions(run),
+            ):
                 if training:
                     for module in self.modules:
                         module.training = True

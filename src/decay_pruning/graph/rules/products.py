@@ -112,7 +112,8 @@ def batched_product(op: Op) -> Axes:
     op.trace.heads.append(a[0])
     derived = [op.value(op[name]).derived for name in (first, second)]
     if not any(derived):  # torch's own attention divides by the width of its heads
-        note_scores(op, a[-1], op[first], surely=isinstance(op.module, nn.MultiheadAttention), key=op[second])
+        surely = op.scaled or isinstance(op.module, nn.MultiheadAttention)
+        note_scores(op, a[-1], op[first], op[second], surely=surely, across=True)
     out = [a[0], *multiply(op, a[1:], b[1:])]
     return add_bias(op, "self", out) if op.name == "baddbmm" else out
 
@@ -168,17 +169,19 @@ def attention(op: Op) -> list[Axes]:
             op.refuse(op.axes(tensor), "is read by position in")
     plain = op.name == "flex_attention" and op["scale"] == op["query"].shape[-1] ** -0.5
     scale = None if plain else op.get("scale")
-    note_scores(op, q[-1], op["query"], surely=scale is None)
+    note_scores(op, q[-1], op["query"], op["key"], surely=scale is None)
     return [[*q[:-1], v[-1]]]
 
 
-def note_scores(op: Op, width: Axis, query: Tensor, *, surely: bool, key: Tensor | None = None) -> None:
+def note_scores(
+    op: Op, width: Axis, query: Tensor, key: Tensor, *, surely: bool, across: bool = False
+) -> None:
     """Queries meet keys along a width, by the root of which the scores may be divided (`scales`)."""
     module = None if op.module is None else op.trace.modules.get(op.module)
-    rows = op.value(query).rows
-    if rows is None and key is not None and (rows := op.value(key).rows) is not None:
-        rows = replace(rows, labels=rows.labels.transpose(-1, -2))
-    op.trace.scores.append(Scores(width, rows, module, surely))
+    rows, keys = op.value(query).rows, op.value(key).rows
+    if across and keys is not None:
+        keys = replace(keys, labels=keys.labels.transpose(-1, -2))
+    op.trace.scores.append(Scores(width, rows or keys, keys, module, surely))
 
 
 @rule("convolution", "_convolution", "convolution_overrideable", "mkldnn_convolution")
