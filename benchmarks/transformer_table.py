@@ -85,6 +85,9 @@ def look(name: str) -> dict[str, Any]:
     model, x = stock.build(name)
     if name != "hf:mixtral":  # the product of all experts knows no double precision
         model = model.double()
+    with torch.no_grad():  # branches and heads that start at zero would hide what happens
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
     kind = next(model.parameters()).dtype
     x = proof.mapped(x, lambda t: t.to(kind) if t.is_floating_point() else t)
     fresh, half_gone = copy.deepcopy(model), copy.deepcopy(model)
