@@ -29,6 +29,7 @@ from decay_pruning import DepGraph, Pruner, SmoothPruning, Target, proof, surger
 from decay_pruning.budget import CostModel
 from decay_pruning.counting import count
 from decay_pruning.errors import BudgetError
+from decay_pruning.graph import Graph
 from decay_pruning.lab import results as lab
 from decay_pruning.structures import LayerGroup, Role, StructureSet
 
@@ -104,9 +105,22 @@ def look(name: str) -> dict[str, Any]:
     return found
 
 
+class _Once:
+    """A host that looks for structures once, however often it is asked."""
+
+    def __init__(self, host: DepGraph) -> None:
+        self.host, self.rounds, self.interval = host, host.rounds, host.interval
+        self.begin = host.begin
+        self._graph: Graph | None = None
+
+    def graph(self, model: nn.Module, example_inputs: object) -> Graph:
+        self._graph = self._graph or self.host.graph(model, example_inputs)
+        return self._graph
+
+
 def _pruner(model: nn.Module, x: Any, outputs: tuple[str, ...]) -> tuple[Pruner, dict[str, Any]]:
     """A pruner for 25 % of the MACs, or for as much as can be."""
-    host, one = DepGraph(outputs=outputs), SmoothPruning.one_step()
+    host, one = _Once(DepGraph(outputs=outputs)), SmoothPruning.one_step()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     graph = host.graph(model, x)
     costs = CostModel(model, x, graph.structures)
