@@ -329,6 +329,12 @@ _HF: dict[str, tuple[Any, ...]] = {
         "no cache",
     ),
     "vit": ("ViTConfig", "ViTForImageClassification", _VISION, "images"),
+    "dinov2": (
+        "Dinov2Config",
+        "Dinov2ForImageClassification",
+        {k: v for k, v in _VISION.items() if k != "intermediate_size"} | dict(mlp_ratio=2),
+        "images",
+    ),
     "swin": (
         "SwinConfig",
         "SwinForImageClassification",

@@ -279,7 +279,7 @@ def vit() -> tuple[nn.Module, Any]:
 
 
 def mha() -> tuple[nn.Module, Any]:
-    """torch's own attention: cutting its width changes the scale of its scores."""
+    """torch's own attention: cutting its width changes the scale of its scores, which the queries take back."""
 
     def run(m: Any, x: Tensor) -> Tensor:
         x = m.enter(x)
@@ -287,6 +287,11 @@ def mha() -> tuple[nn.Module, Any]:
 
     attn = nn.MultiheadAttention(12, 3, batch_first=True, add_bias_kv=True)
     return Net(run, enter=nn.Linear(5, 12), attn=attn, out=nn.Linear(12, 4)), image(2, 6, 5)
+
+
+def layered() -> tuple[nn.Module, Any]:
+    """A mean is taken off, which changes with the width: no scale takes that back."""
+    return nn.Sequential(nn.Linear(5, 12), nn.LayerNorm(12), nn.Linear(12, 4)), image(2, 6, 5)
 
 
 def rms() -> tuple[nn.Module, Any]:
@@ -298,11 +303,11 @@ EXACT: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     make.__name__: make
     for make in [
         *(plain, resnet, vgg, mobile, grouped, norms, transposed, sound, volume),
-        *(concat, chunked, gated, words, shared, vit),
+        *(concat, chunked, gated, words, shared, vit, mha, rms),
     ]
 }
 #: Networks with layer groups that can only be cut with `allow_inexact=True`.
-INEXACT: dict[str, Callable[[], tuple[nn.Module, Any]]] = {make.__name__: make for make in (vit, mha, rms)}
+INEXACT: dict[str, Callable[[], tuple[nn.Module, Any]]] = {make.__name__: make for make in (vit, layered)}
 
 
 def make(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[nn.Module, Any]:

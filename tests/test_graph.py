@@ -35,6 +35,8 @@ EXPECTED: dict[str, tuple[dict[str, int], set[str]]] = {
     "gated": ({"up": 7}, {"down"}),
     "words": ({"table": 8, "up": 10}, {"head"}),
     "shared": ({"enter": 6, "left": 9}, {"out", "more"}),
+    "mha": ({"enter": 4}, {"out"}),
+    "rms": ({"0": 12}, {"2"}),
     "vit": (
         {"blocks.0.attn.qkv": 4, "blocks.0.fc1": 24, "blocks.1.attn.qkv": 4, "blocks.1.fc1": 24},
         {"patch", "head", "token", *(f"blocks.{k}.{each}" for k in (0, 1) for each in ("attn.proj", "fc2"))},
@@ -348,11 +350,10 @@ def test_inexact_layer_groups_are_declared(name: str) -> None:
     assert all(refused[key].startswith(f"removal is not exact: {reason}") for key, reason in declared.items())
 
 
-def test_scores_scaled_by_their_width_are_inexact_by_nature() -> None:
+def test_scores_scaled_by_their_width_are_exact() -> None:
     model, x = Vit(by_width=True), image(2, 3, 8, 8)
-    assert "scales its scores by the head width" in reasons(model, x, heads=VIT_HEADS)["blocks.0.attn.qkv"]
-    found = Graph(model, x, heads=VIT_HEADS, allow_inexact=True).structures
-    assert "scales its scores by the head width" in str(found.groups["blocks.0.attn.qkv"].inexact)
+    found = Graph(model, x, heads=VIT_HEADS).structures
+    assert found.groups["blocks.0.attn.qkv"].inexact is None and found.folds
 
 
 def test_a_wrong_trace_is_caught_even_behind_a_branch_that_starts_at_zero(

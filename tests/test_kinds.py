@@ -39,7 +39,8 @@ def scattered(full: nn.Module, pruned: nn.Module, structures: StructureSet) -> N
 
     Not along the rows of what is divided by its own norm: there the length is zero.
     """
-    past = surgery.history(pruned).positions
+    whole = surgery.history(pruned)
+    past = whole.positions
     new = dict(pruned.named_parameters()) | dict(pruned.named_buffers())
     cut = (c for group in structures.groups.values() for c in group.couplings)
     rows = {c.place for c in cut if c.role is Role.BUFFER}
@@ -47,13 +48,19 @@ def scattered(full: nn.Module, pruned: nn.Module, structures: StructureSet) -> N
         if not any(place[0] == name for place in past):
             tensor.data = new[name].data
             continue
+        mine = new[name].data.clone()
+        for (other, d), factor in whole.factors.items():  # what the removal multiplied
+            if other == name:
+                values = factor.values[past.get((name, d), torch.arange(factor.values.numel()))]
+                shape = [-1 if k == d else 1 for k in range(mine.ndim)]
+                mine = (mine + factor.offset) / values.view(shape) - factor.offset
         kept = [past.get((name, d), torch.arange(n)) for d, n in enumerate(tensor.shape)]
         data = tensor.data.clone()
         for d, keep in enumerate(kept):
             if (name, d) not in rows:
                 gone = torch.ones(tensor.shape[d]).index_fill_(0, keep, 0).nonzero().flatten()
                 data.index_fill_(d, gone, 0)
-        data[torch.meshgrid(*kept, indexing="ij") if kept else ...] = new[name].data
+        data[torch.meshgrid(*kept, indexing="ij") if kept else ...] = mine
         tensor.data = data
 
 

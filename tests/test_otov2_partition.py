@@ -182,7 +182,6 @@ def test_what_it_finds_in_other_networks_we_find_too(name: str) -> None:
 
 # -- attention and splits --------------------------------------------------------------------------------------
 
-SCALES = "scales its scores by the head width (allow_inexact=True prunes it all the same)"
 NORM = "normalises over this width (allow_inexact=True prunes it all the same)"
 
 
@@ -252,7 +251,7 @@ CASES: dict[str, tuple[Callable[[], tuple[nn.Module, Any]], dict[str, Any], Foun
     ),
     "attention scaled by its width": (
         by_width, {"heads": {"blocks.0.attn.qkv": 3}},
-        Found({"blocks.0.fc1": 24}, {"patch": NORM, "blocks.0.attn.qkv": SCALES, "head": "feeds the model's output"}),
+        Found({"blocks.0.attn.qkv": 4, "blocks.0.fc1": 24}, {"patch": NORM, "head": "feeds the model's output"}),
     ),
     "torch's attention": (
         zoo_vit, {}, Found({"blocks.0.linear1": 20}, {"patches": NORM, "head": "feeds the model's output"})
@@ -318,7 +317,7 @@ def test_attention_and_splits_shrink_exactly(case: str, arm: str, monkeypatch: p
 
 @pytest.mark.parametrize("name", list(INEXACT))
 def test_inexact_widths_shrink_when_allowed(name: str) -> None:
-    """By default the only width of `mha` and `rms` is refused, with the reason."""
+    """By default the only width of `layered` is refused, with the reason."""
     model, x = make(name)
     if name != "vit":
         with pytest.raises(GraphError, match=r"not exact: .*allow_inexact=True"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Iterable, Mapping, MutableMapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from decay_pruning import surgery
 from decay_pruning.errors import ConfigError, SurgeryError
+from decay_pruning.folds import Factor
 from decay_pruning.structures import Place
 
 logger = logging.getLogger("decay_pruning")
@@ -21,6 +23,8 @@ logger = logging.getLogger("decay_pruning")
 
 def prune_like(copy: nn.Module | MutableMapping[str, Any], model: nn.Module) -> None:
     """Cut a copy of a model as the model has been cut: the same structures, wherever the copy was left behind.
+
+    What a removal multiplied in the model (γ of a norm whose width was cut) is multiplied in the copy as well.
 
     Args:
         copy: a model with the same names (an average, a momentum encoder, or a fresh one of the original shapes), or a
@@ -50,8 +54,22 @@ def _cut_module(copy: nn.Module, model: nn.Module) -> None:
             )
         if left.numel() < size:
             kept[place] = at
-    if kept:
-        surgery.shrink(copy, kept)
+    scaled = _behind(theirs, own)
+    if kept or scaled:
+        surgery.shrink(copy, kept, scaled=scaled)
+
+
+def _behind(theirs: surgery.History, own: surgery.History) -> dict[Place, Factor]:
+    """What the model's values were multiplied with, and those of its copy not yet; in the copy's positions."""
+    found = {}
+    for place, factor in theirs.factors.items():
+        past = own.factors.get(place)
+        values = factor.values / past.values if past is not None else factor.values
+        if place in own.positions:
+            values = values[own.positions[place]]
+        if bool((values != 1).any()):
+            found[place] = replace(factor, values=values)
+    return found
 
 
 def _cut_tensors(state: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
@@ -72,7 +90,16 @@ def _cut_tensors(state: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor
                 f"dimension {dim} before it was pruned; give a state dict that was made before the pruning"
             )
         cut[name] = tensor.index_select(dim, left.to(tensor.device))
+    for (name, dim), factor in history.factors.items():
+        if isinstance(tensor := cut.get(name, state.get(name)), Tensor):
+            cut[name] = _of_the_left(history, (name, dim), factor).apply(tensor, dim)
     return cut
+
+
+def _of_the_left(history: surgery.History, place: Place, factor: Factor) -> Factor:
+    """The factor of what is left along a dimension."""
+    left = history.positions.get(place)
+    return factor if left is None else replace(factor, values=factor.values[left])
 
 
 def given(copies: Iterable[Any], model: nn.Module) -> list[nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from decay_pruning import archive, surgery, widths
 from decay_pruning.errors import ManifestError, SurgeryError
+from decay_pruning.folds import Factor, Factors
 from decay_pruning.state import View, class_name, sizes_of
 from decay_pruning.structures import Place
 
@@ -25,6 +27,7 @@ def check_form(meta: dict[str, Any]) -> None:
         raise ValueError(f"it is of a {meta['kind']!r}, not of a model")
     meta.setdefault("extra", {})
     meta.setdefault("versions", {})
+    meta.setdefault("scaled", [])
     str(meta["class"])
     for name, row in meta["tensors"].items():
         if len(row["shape"]) != len(row["original"]):
@@ -38,11 +41,55 @@ def check_form(meta: dict[str, Any]) -> None:
         if (row["tensor"], row["dim"]) in places:
             raise ValueError(f"{row['tensor']!r} is cut twice")
         places.add((row["tensor"], row["dim"]))
+    scaled(meta)
     for alias, name in meta["aliases"].items():
         if name not in meta["tensors"]:
             raise ValueError(f"{alias!r} is tied to {name!r}, which is not there")
     _check_numbers(meta["versions"].values(), "versions")
     meta["extra"].keys()
+
+
+def scaled_rows(factors: Factors) -> list[dict[str, Any]]:
+    """What removals multiplied, as `scaled` reads it; one number where all factors of a place are equal."""
+    return [
+        {
+            "tensor": name,
+            "dim": dim,
+            "offset": factor.offset,
+            "value": factor.value,
+            "size": factor.values.numel(),
+            "factors": [float(factor.values[0])]
+            if bool((factor.values == factor.values[0]).all())
+            else factor.values.tolist(),
+        }
+        for (name, dim), factor in sorted(factors.items(), key=lambda entry: entry[0])
+    ]
+
+
+def scaled(meta: Mapping[str, Any]) -> dict[Place, Factor]:
+    """What removals multiplied, in original positions.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: the description is damaged.
+    """
+    found: dict[Place, Factor] = {}
+    for row in meta["scaled"]:
+        what = f"factors of {row['tensor']!r}"
+        _check_numbers([row["dim"], row["size"]], what)
+        numbers = [row["offset"], *row["factors"], *([] if row["value"] is None else [row["value"]])]
+        if not all(type(n) in (int, float) and math.isfinite(n) for n in numbers) or min(numbers[1:]) <= 0:
+            raise ValueError(what)
+        values = torch.tensor(row["factors"], dtype=torch.float64)
+        if values.numel() == 1:
+            values = values.expand(row["size"])
+        if (
+            type(row["tensor"]) is not str
+            or values.numel() != row["size"]
+            or (row["tensor"], row["dim"]) in found
+        ):
+            raise ValueError(what)
+        found[row["tensor"], row["dim"]] = Factor(values, float(row["offset"]), row["value"])
+    return found
 
 
 def _check_numbers(values: Iterable[Any], what: str) -> None:
@@ -89,6 +136,7 @@ def check_fit(
                 f"{path} is inconsistent: {name!r} is {shape}, but its kept positions say otherwise"
             )
     _check_ties(view, meta, tensors, wanted)
+    _check_scaled(view, meta, path)
     _check_places(view, meta, wanted, path)
     _check_widths(view, cut, path)
 
@@ -103,6 +151,27 @@ def _check_ties(view: View, meta: Mapping[str, Any], tensors: Mapping[str, Tenso
         a, b = (tensors[meta["aliases"].get(each, each)] for each in (other, name))
         if a is not b and not (a.shape == b.shape and bool((a.eq(b) | (a.ne(a) & b.ne(b))).all())):
             raise ManifestError(f"{wanted}: {other!r} and {name!r} are one tensor in it, and two in the file")
+
+
+def _check_scaled(view: View, meta: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Factors are of parameters, along a dimension, and of the numbers of norms beside them.
+
+    Raises:
+        ManifestError: they are not.
+    """
+    factors = scaled(meta)
+    owners = {name.rpartition(".")[0] for name, _ in factors if isinstance(view.get(name), Tensor)}
+    for (name, dim), factor in factors.items():
+        thing, size = view.get(name), factor.values.numel()
+        good = isinstance(thing, Tensor) and dim < thing.ndim and thing.shape[dim] == size
+        if thing is None and name.rpartition(".")[0] in owners and (dim, size) == (0, 1):
+            owner, _, leaf = view.full(name).rpartition(".")
+            module = view.model.get_submodule(owner)
+            number = vars(module).get(leaf)
+            unset = number is None and isinstance(module, nn.RMSNorm) and leaf == "eps"
+            good = type(number) is float or (unset and bool(factor.value))
+        if not good:
+            raise ManifestError(f"{path} would multiply {name!r}, which is nothing that a removal scales")
 
 
 def _check_places(view: View, meta: Mapping[str, Any], wanted: str, path: str | os.PathLike[str]) -> None:

@@ -8,6 +8,8 @@ of the model itself: wrappers (`torch.compile`, data parallelism) around it or i
 from __future__ import annotations
 
 import os
+from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +37,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     view = View(inner)
     content = Content.of(view)
     past = _history(view, content)
-    description = {
+    description: dict[str, Any] = {
         "kind": "model",
         "class": class_name(inner),
         "tensors": {
@@ -47,6 +49,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "versions": content.versions,
         "kept": past.state_dict(),
     }
+    if past.factors:
+        description["scaled"] = fit.scaled_rows(past.factors)
     archive.write(path, content.tensors, description)
 
 
@@ -76,8 +80,9 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         for row in meta["kept"]
     }
     before = view.copied()
+    scaled = {(view.full(name), dim): factor for (name, dim), factor in fit.scaled(meta).items()}
     try:
-        undo = surgery.shrink(inner, kept)
+        undo = surgery.shrink(inner, kept, scaled=scaled)
     except SurgeryError as error:
         raise ManifestError(f"{path} does not fit this model: {error}") from error
     try:
@@ -140,6 +145,11 @@ def _history(view: View, content: Content) -> surgery.History:
                 "cut it with a Pruner only, or load() it from the file of a model that was"
             )
         found.original[plain, dim], found.positions[plain, dim] = past.original[name, dim], keep
+    for (name, dim), factor in past.factors.items():
+        with suppress(SurgeryError):  # a layer that was fused into another one
+            thing = surgery.lookup(view.model, name)
+            if isinstance(thing, float) or surgery.registered(view.model, name) is thing is not None:
+                found.factors[view.plain(name), dim] = factor
     _explain(view, content, found)
     return found
 

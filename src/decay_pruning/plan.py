@@ -83,7 +83,7 @@ def inspect(
         example_inputs: see `Pruner`; for a model on the meta device they may be ordinary tensors.
         host: find the structures as this host does; with its settings, so without options.
         target: what is to be left, see `Pruner`; None picks nothing.
-        options: `ignored`, `heads`, `allow_inexact`, see `DepGraph`.
+        options: `ignored`, `heads`, `allow_inexact`, `outputs`, see `DepGraph`.
 
     Raises:
         ConfigError: both a host and options, an option that is unknown or has a wrong value, or a target with a host
@@ -143,7 +143,7 @@ def _scene(model: nn.Module, graph: Graph, costs: CostModel, target: Target) -> 
 
 
 def _known(options: dict[str, Any]) -> dict[str, Any]:
-    known = ("ignored", "heads", "allow_inexact")
+    known = ("ignored", "heads", "allow_inexact", "outputs")
     for name in options:
         if name not in known:
             raise ConfigError(

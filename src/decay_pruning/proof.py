@@ -13,7 +13,7 @@ import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from decay_pruning import outputs
 from decay_pruning.errors import SurgeryError
 from decay_pruning.keeping import contents, eager
 from decay_pruning.steps import Steps
@@ -381,10 +382,15 @@ class _Still(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Output:
-    """What a model returned: its tensors, and the coarsest floating dtype that any of its layers produced."""
+    """What a model returned: its tensors, the coarsest floating dtype that any of its layers produced, and names."""
 
     leaves: tuple[Tensor, ...]
     coarsest: torch.dtype
+    names: tuple[str, ...] = ()
+
+    def narrowed(self, kept: Mapping[outputs.Spot, Tensor]) -> Output:
+        """Without the positions that outputs may lose."""
+        return replace(self, leaves=tuple(outputs.narrowed(self.names, self.leaves, kept)))
 
 
 def observe(model: nn.Module, example_inputs: Any) -> Output:
@@ -455,6 +461,7 @@ class Setting:
     where: str  # in words: "on the example inputs"
     still: bool = False  # it draws random numbers, which are taken out
     steps: bool = False  # it rounds, which is looked through
+    narrow: frozenset[torch.dtype] = frozenset()  # what values of the widest dtype are cast to on the way
 
 
 @torch.no_grad()
@@ -478,7 +485,8 @@ def _run(
         if setting.steps:
             stack.enter_context(Steps())
         state = _draws(model)
-        found = tuple(leaf.detach().clone() for leaf in leaves(call(model, inputs)))
+        output = call(model, inputs)
+        found = tuple(leaf.detach().clone() for leaf in leaves(output))
         random = not setting.still and not all(map(torch.equal, state, _draws(model)))
     if random:
         setting.still = True
@@ -487,8 +495,12 @@ def _run(
         except Exception:  # chance cannot be taken out of it: what was drawn has to do
             log.debug("the model does not run without chance", exc_info=True)
             setting.still = False
-    coarsest = max((d for d in dtypes if d in TOLERANCE), key=TOLERANCE.__getitem__, default=torch.float32)
-    return Output(found, coarsest)
+    coarsest = max(
+        (d for d in dtypes | setting.narrow if d in TOLERANCE),
+        key=TOLERANCE.__getitem__,
+        default=torch.float32,
+    )
+    return Output(found, coarsest, tuple(name for name, _ in outputs.named(output)))
 
 
 def _draws(model: nn.Module) -> list[Tensor]:
@@ -573,6 +585,8 @@ class Settings:
             with Steps() as steps:
                 output = _run(model, setting, self.dtypes[0])
             setting.steps = steps.found
+            if self.dtypes[0] == torch.float64:
+                setting.narrow = frozenset(steps.narrow)
             return output
         except Exception:  # not what this is about, or the model needs whole numbers
             return _run(model, setting, self.dtypes[0])
@@ -585,16 +599,16 @@ class Settings:
         Raises:
             SurgeryError: it does not run in one of them; the message says in which.
         """
-        outputs = []
+        found = []
         for k, setting in enumerate(self.settings):
             if only is not None and k not in only:
                 continue
             try:
-                outputs.append(_run(model, setting, dtype))
+                found.append(_run(model, setting, dtype))
             except Exception as error:
                 mode = " in training mode" if setting.training else ""
                 raise SurgeryError(f"the smaller model does not run{mode} ({first_line(error)})") from error
-        return outputs
+        return found
 
     def change(
         self, before: Sequence[Output], after: Sequence[Output], only: Sequence[int] | None = None

@@ -325,7 +325,9 @@ class Pruner:
     def _load(self, state: Mapping[str, Any]) -> None:
         if state["removed"]:
             surgery.check_picks(self.original, state["removed"])
-            surgery.shrink(self.model, self.original.kept(state["removed"]), self._chain)
+            kept = self.original.kept(state["removed"])
+            scaled = surgery.scaled_by(self.model, self.original, kept)
+            surgery.shrink(self.model, kept, self._chain, scaled)
             for each in self._also:
                 copies.prune_like(each, self.model)
         structures = self.original.without(state["removed"])

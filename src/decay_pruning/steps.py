@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _STEPS = frozenset({"round", "floor", "ceil", "trunc", "fix", "sign", "sgn"})
+_CAST = torch.ops.aten._to_copy.default
 
 
 class Steps(TorchDispatchMode):
@@ -18,6 +19,7 @@ class Steps(TorchDispatchMode):
 
     Attributes:
         found: there was something to look through.
+        narrow: dtypes that wider values were cast to on the way (a norm in single precision, whatever comes in).
     """
 
     supports_higher_order_operators = True
@@ -25,12 +27,17 @@ class Steps(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found = False
+        self.narrow: set[torch.dtype] = set()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if not _is_step(func) or not isinstance(args[0], Tensor) or not args[0].is_floating_point():
-            return func(*args, **(kwargs or {}))
+            out = func(*args, **(kwargs or {}))
+            floating = func is _CAST and isinstance(args[0], Tensor) and out.is_floating_point()
+            if floating and out.element_size() < args[0].element_size():
+                self.narrow.add(out.dtype)
+            return out
         self.found = True
         if func.overloadpacket.__name__.endswith("_"):
             return args[0]

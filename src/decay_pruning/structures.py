@@ -17,10 +17,13 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
+from decay_pruning.folds import Fold, Place
+from decay_pruning.outputs import Outputs
+
+__all__ = ["NOT_PARAMETERS", "Coupling", "LayerGroup", "Picks", "Place", "Role", "StructureSet"]
+
 #: What is picked, released or removed: layer group name → original indices.
 Picks = Mapping[str, Sequence[int]]
-#: A tensor (or module attribute) and one of its dimensions.
-Place = tuple[str, int]
 
 
 class Role(StrEnum):
@@ -110,12 +113,16 @@ class StructureSet:
         unprunable: what cannot be pruned → the reason, in words for the user.
         sizes: current size of every place that a coupling touches.
         standardised: modules whose own weight is normalised over what goes in (weight standardisation).
+        folds: what takes the change of a width that the model divides by.
+        outputs: which of the model's outputs may lose width.
     """
 
     groups: Mapping[str, LayerGroup]
     sizes: Mapping[Place, int]
     unprunable: Mapping[str, str] = field(default_factory=dict)
     standardised: frozenset[str] = frozenset()
+    folds: tuple[Fold, ...] = ()
+    outputs: Outputs = field(default_factory=Outputs)
 
     def __len__(self) -> int:
         return sum(len(group) for group in self.groups.values())
@@ -127,11 +134,8 @@ class StructureSet:
             place → ascending int64 positions; places that lose nothing are absent.
         """
         drop: dict[Place, Tensor] = {}
-        for name, ids in removed.items():
-            group = self.groups[name]
-            gone = torch.zeros(len(group), dtype=torch.bool)
-            gone[group.rows(ids)] = True
-            for c in group.couplings:
+        for name, gone in self.gone(removed).items():
+            for c in self.groups[name].couplings:
                 mask = drop.setdefault(c.place, torch.zeros(self.sizes[c.place], dtype=torch.bool))
                 mask[c.position[gone[c.owner]]] = True
         return {place: (~mask).nonzero().flatten() for place, mask in drop.items() if bool(mask.any())}
@@ -158,4 +162,15 @@ class StructureSet:
                 couplings.append(replace(c, owner=row[c.owner[mine]], position=position))
             groups[name] = replace(group, ids=group.ids[stays], couplings=tuple(couplings))
         sizes = {place: kept[place].numel() if place in kept else size for place, size in self.sizes.items()}
-        return replace(self, groups=groups, sizes=sizes)
+        folds = tuple(fold.moved(kept) for fold in self.folds)
+        return replace(
+            self, groups=groups, sizes=sizes, folds=folds, outputs=self.outputs.without(self.gone(removed))
+        )
+
+    def gone(self, removed: Picks) -> dict[str, Tensor]:
+        """Layer group → which of its rows are removed."""
+        found = {}
+        for name, ids in removed.items():
+            found[name] = torch.zeros(len(self.groups[name]), dtype=torch.bool)
+            found[name][self.groups[name].rows(ids)] = True
+        return found

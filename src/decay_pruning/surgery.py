@@ -14,7 +14,7 @@ import copy
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -24,6 +24,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.overrides import TorchFunctionMode
 
 from decay_pruning.errors import SurgeryError
+from decay_pruning.folds import Factor, Factors, factors
 from decay_pruning.proof import TOLERANCE, Output, Settings, call, leaves, observe, untouched
 from decay_pruning.structures import NOT_PARAMETERS, Picks, Place, StructureSet
 
@@ -51,13 +52,24 @@ class History:
     Attributes:
         original: place → its size in the original model.
         positions: place → the original positions that are left, ascending int64.
+        factors: place → what its values were multiplied with by now, in original positions (see `folds`).
     """
 
     original: dict[Place, int] = field(default_factory=dict)
     positions: dict[Place, Tensor] = field(default_factory=dict)
+    factors: dict[Place, Factor] = field(default_factory=dict)
 
-    def update(self, kept: Kept, sizes: Mapping[Place, int]) -> None:
-        """Note one cut: `kept` are positions before the cut, `sizes` the sizes before it."""
+    def update(self, kept: Kept, sizes: Mapping[Place, int], scaled: Mapping[Place, Factor] = {}) -> None:
+        """Note one cut: `kept` are positions before the cut, `sizes` the sizes before it; `scaled` is multiplied."""
+        for place, factor in scaled.items():
+            size, before = factor.values.numel(), self.positions.get(place)
+            known = before is not None and before.numel() == size
+            past = self.factors.get(place) if known or before is None else None
+            values = torch.ones(self.original[place] if known else size, dtype=torch.float64)
+            if past is not None and past.values.numel() == values.numel():
+                values = past.values.clone()
+            values[before if known else slice(None)] *= factor.values
+            self.factors[place] = replace(factor, values=values)
         for place, keep in kept.items():
             before = self.positions.get(place)
             if before is None or before.numel() != sizes[place]:  # not known, or out of date
@@ -65,7 +77,7 @@ class History:
             self.positions[place] = before[keep.cpu()]
 
     def copy(self) -> History:
-        return History(dict(self.original), dict(self.positions))
+        return History(dict(self.original), dict(self.positions), dict(self.factors))
 
     def state_dict(self) -> list[dict[str, Any]]:
         """Plain lists and numbers, fit for JSON, in the order of names."""
@@ -96,10 +108,18 @@ def history(model: nn.Module) -> History:
                 target = found if "." in name else own
                 target.original.setdefault((prefix + name, dim), past.original[name, dim])
                 target.positions.setdefault((prefix + name, dim), keep)
-    return History({**found.original, **own.original}, {**found.positions, **own.positions})
+            for (name, dim), factor in past.factors.items():
+                (found if "." in name else own).factors.setdefault((prefix + name, dim), factor)
+    return History(
+        {**found.original, **own.original},
+        {**found.positions, **own.positions},
+        {**found.factors, **own.factors},
+    )
 
 
-def _noted(model: nn.Module, kept: Kept, sizes: Mapping[Place, int]) -> dict[nn.Module, History]:
+def _noted(
+    model: nn.Module, kept: Kept, sizes: Mapping[Place, int], scaled: Factors
+) -> dict[nn.Module, History]:
     """What the modules will have noted after this cut. A tied tensor is noted with each module that holds it."""
     holders: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
@@ -107,9 +127,9 @@ def _noted(model: nn.Module, kept: Kept, sizes: Mapping[Place, int]) -> dict[nn.
             if tensor is not None:
                 holders.setdefault(id(tensor), []).append((module, leaf))
     whole = history(model)
-    whole.update(kept, sizes)
+    whole.update(kept, sizes, scaled)
     new = {model: whole}
-    for place in kept:
+    for place in {**kept, **scaled}:
         name, dim = place
         thing = lookup(model, name)
         for module, leaf in (
@@ -117,8 +137,11 @@ def _noted(model: nn.Module, kept: Kept, sizes: Mapping[Place, int]) -> dict[nn.
         ):
             past = module.__dict__.get(_HISTORY)
             own = new.setdefault(module, past.copy() if isinstance(past, History) else History())
-            own.original[leaf, dim] = whole.original[place]
-            own.positions[leaf, dim] = whole.positions[place]
+            if place in kept:
+                own.original[leaf, dim] = whole.original[place]
+                own.positions[leaf, dim] = whole.positions[place]
+            if place in scaled:
+                own.factors[leaf, dim] = whole.factors[place]
     return new
 
 
@@ -185,7 +208,9 @@ class _Cut:
     kept: dict[int, Tensor]
 
 
-def shrink(model: nn.Module, kept: Kept, optimizer: Optimizers = None) -> Callable[[], None]:
+def shrink(
+    model: nn.Module, kept: Kept, optimizer: Optimizers = None, scaled: Mapping[Place, Factor] = {}
+) -> Callable[[], None]:
     """Keep only `kept` at every place; cut gradients and optimizer state along.
 
     Everything is checked before anything is touched. `Parameter` and buffer objects stay the same objects, with
@@ -195,6 +220,8 @@ def shrink(model: nn.Module, kept: Kept, optimizer: Optimizers = None) -> Callab
         model: the model.
         kept: place → ascending positions that stay; other places are left alone.
         optimizer: the optimizer or optimizers whose state follows.
+        scaled: place → what is multiplied there, in positions before the cut (see `folds`). Gradients and optimizer
+            state are not.
 
     Returns:
         A function that puts everything back as it was. It is valid until the next training step.
@@ -207,9 +234,10 @@ def shrink(model: nn.Module, kept: Kept, optimizer: Optimizers = None) -> Callab
     for place, keep in kept.items():
         check_positions(place, keep, sizes[place])
     cuts, attributes = _sort_places(model, kept)
+    multiplied, numbers = _sort_factors(model, scaled, cuts)
     updates = [update for each in _as_list(optimizer) for update in _state_updates(each, cuts)]
 
-    noted = _noted(model, kept, sizes)
+    noted = _noted(model, kept, sizes, scaled)
     past = {module: module.__dict__.get(_HISTORY) for module in noted}
     undo: list[Callable[[], None]] = []
 
@@ -224,7 +252,10 @@ def shrink(model: nn.Module, kept: Kept, optimizer: Optimizers = None) -> Callab
 
     try:
         for cut in cuts:
-            undo.append(_replace(cut.tensor, _take(cut.tensor.detach(), cut.kept), cut.kept))
+            data = cut.tensor.detach()
+            for dim, factor in multiplied.get(id(cut.tensor), {}).items():
+                data = factor.apply(data, dim)
+            undo.append(_replace(cut.tensor, _take(data, cut.kept), cut.kept))
         for state, key, value in updates:
             undo.append(_setter(state, key, state[key]))
             state[key] = value
@@ -233,6 +264,11 @@ def shrink(model: nn.Module, kept: Kept, optimizer: Optimizers = None) -> Callab
             value = getattr(module, leaf)
             undo.append(_attribute_setter(module, leaf, value))
             setattr(module, leaf, _shorter(value, dims))
+        for name, factor in numbers.items():
+            module, leaf = parent(model, name)
+            value = getattr(module, leaf)
+            undo.append(_attribute_setter(module, leaf, value))
+            setattr(module, leaf, factor.of(value))
         for module, now in noted.items():
             module.__dict__[_HISTORY] = now
     except BaseException:  # out of memory, interrupted: never leave half a cut behind
@@ -293,6 +329,39 @@ def _sort_places(model: nn.Module, kept: Kept) -> tuple[list[_Cut], dict[str, di
         if not torch.equal(same, keep):
             raise SurgeryError(f"{cut.names} are one tensor, but different positions of it would be kept")
     return list(cuts.values()), attributes
+
+
+def _sort_factors(
+    model: nn.Module, scaled: Factors, cuts: list[_Cut]
+) -> tuple[dict[int, dict[int, Factor]], dict[str, Factor]]:
+    """Factors by tensor (identity) and dimension, each tensor among the cuts; and those of numbers on modules."""
+    tensors: dict[int, dict[int, Factor]] = {}
+    numbers: dict[str, Factor] = {}
+    known = {id(cut.tensor) for cut in cuts}
+    for (name, dim), factor in scaled.items():
+        thing = lookup(model, name)
+        if isinstance(thing, float) or (thing is None and factor.value is not None):
+            numbers[name] = factor
+            continue
+        if not isinstance(thing, Tensor) or factor.values.numel() != size_of(model, (name, dim)):
+            raise SurgeryError(
+                f"{name!r} is not what would be scaled: a {type(thing).__name__}, or of another size"
+            )
+        if id(thing) not in known:
+            known.add(id(thing))
+            cuts.append(_Cut([name], thing, {}))
+        tensors.setdefault(id(thing), {})[dim] = factor
+    return tensors, numbers
+
+
+def scaled_by(model: nn.Module, structures: StructureSet, kept: Kept) -> dict[Place, Factor]:
+    """What a removal multiplies, so that widths that the model divides by change nothing (see `folds`)."""
+
+    def size(place: Place) -> int:
+        thing = lookup(model, place[0])
+        return int(thing.shape[place[1]]) if isinstance(thing, Tensor) else 1
+
+    return factors(structures.folds, kept, size)
 
 
 def registered(model: nn.Module, name: str) -> Tensor | None:
@@ -573,24 +642,32 @@ def check_picks(structures: StructureSet, picks: Picks) -> None:
 
 
 @contextmanager
-def only_what_is_left(model: nn.Module, kept: Kept, standardised: Collection[str] = ()) -> Iterator[None]:
+def only_what_is_left(
+    model: nn.Module, kept: Kept, standardised: Collection[str] = (), scaled: Mapping[Place, Factor] = {}
+) -> Iterator[None]:
     """Let norms and attention see only the channels that a cut keeps, in a model that still has its old widths.
 
     What they make of the rest is the narrower model's own; everything around them is as it was. So a cut that only
-    changes the function by their nature gives the same output, and one that is wrong does not.
+    changes the function by their nature gives the same output, and one that is wrong does not. What `scaled` takes
+    back is as it was, too.
     """
+    same = {name.rpartition(".")[0] for name, _ in scaled}
     inside: dict[str, dict[Place, Tensor]] = {}
     for (name, dim), keep in kept.items():
         owner = mixer(model, name)
         if name.rpartition(".")[0] in standardised and (name.rpartition(".")[2], dim) in _INPUTS:
             owner = name.rpartition(".")[0]
-        if owner is not None:
+        if owner is not None and owner not in same:
             inside.setdefault(owner, {})[name[len(owner) + 1 if owner else 0 :], dim] = keep
     modules = {model.get_submodule(owner): places for owner, places in inside.items()}
     try:
         for module, places in modules.items():
             module.__dict__["forward"] = _narrow_forward(module, places)
-        with _ScaleByWhatIsLeft():
+        with ExitStack() as stack:
+            if not any(
+                bool((factor.values < 1).any()) for factor in scaled.values()
+            ):  # no queries among them
+                stack.enter_context(_ScaleByWhatIsLeft())
             yield
     finally:
         for module in modules:
@@ -744,6 +821,8 @@ def _try_remove(
     if natural is None:
         natural = any(structures.groups[name].inexact for name in picks)
     kept = structures.kept(picks)
+    scaled = scaled_by(model, structures, kept)
+    shown = structures.outputs.kept(structures.gone(picks))
     mixed = {name: ids for name, ids in picks.items() if structures.groups[name].inexact} or picks
     verdict = Verdict(None, None)
     zeroed = _zero(model, structures, picks)
@@ -754,14 +833,16 @@ def _try_remove(
             try:
                 with ExitStack() as stack:
                     if natural:
-                        left = only_what_is_left(model, structures.kept(mixed), structures.standardised)
+                        left = only_what_is_left(
+                            model, structures.kept(mixed), structures.standardised, scaled
+                        )
                         stack.enter_context(left)
-                    before = settings.observe(model, dtype, only)
+                    before = [each.narrowed(shown) for each in settings.observe(model, dtype, only)]
             except SurgeryError as error:
                 if verdict.problem is None:
                     return Verdict(None, f"the proof fails: {error}")
                 return verdict  # it does not run in this dtype: the narrower one has decided
-            undo = shrink(model, kept, optimizer)
+            undo = shrink(model, kept, optimizer, scaled)
             try:
                 change, limit, where = settings.change(before, settings.observe(model, dtype, only), only)
             except SurgeryError as error:

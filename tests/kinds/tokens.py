@@ -21,8 +21,7 @@ def heads(x: Tensor, n: int) -> Tensor:
 
 @kind(
     "fused attention: key and value in one layer, queries apart, 3 heads over pixels",
-    {"enter": 7},
-    {"q": "attention scales its scores by the head width", "kv": "shares its width with 'q'"},
+    {"enter": 7, "q": 4},
 )
 def cross_pixels() -> Made:
     def run(m: Net, x: Tensor) -> Tensor:

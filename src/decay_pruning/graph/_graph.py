@@ -45,6 +45,7 @@ class Graph:
         allow_inexact: bool = False,
         verify: bool = True,
         more_inputs: Sequence[Any] = (),
+        outputs: Sequence[str | int] = (),
     ) -> None:
         """Trace the model.
 
@@ -60,10 +61,12 @@ class Graph:
                 residual width, attention scores scaled by the head width).
             verify: try every layer group on the model before it is offered.
             more_inputs: further examples, where the inputs decide which layers run.
+            outputs: names of the outputs that keep their shape ("logits"), or their numbers in a tuple; the others may
+                become narrower. None named: all keep it.
 
         Raises:
             GraphError: the model cannot be traced, or nothing in it can be pruned (with all reasons).
-            ConfigError: an unknown name in `ignored` or `heads`.
+            ConfigError: an unknown name in `ignored`, `heads` or `outputs`.
         """
         self._model = model
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -72,7 +75,7 @@ class Graph:
                     f"{name!r} is not initialised yet; run the model once before building the pruner"
                 )
         skip = _resolve_ignored(model, ignored)
-        found = trace(model, [example_inputs, *more_inputs])
+        found = trace(model, [example_inputs, *more_inputs], outputs)
         layers.describe(found)
         choices.ignore(found, skip)
         choices.name_heads(found, heads, lambda name: _no_heads(found, name))

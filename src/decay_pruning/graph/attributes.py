@@ -29,7 +29,7 @@ _NUMBERLESS = nn.Module | torch.Tensor | type
 
 @contextmanager
 def reads(trace: Trace) -> Iterator[None]:
-    """Note which integers (and tuples and lists) on a user's own modules the code reads.
+    """Note which numbers (and tuples and lists) on a user's own modules the code reads.
 
     For that they are not where Python looks first, so that it asks `nn.Module.__getattr__` for them.
     """
@@ -47,7 +47,9 @@ def reads(trace: Trace) -> Iterator[None]:
         if not _of_torch(module):
             own = vars(module)
             mine = {
-                k: v for k, v in own.items() if type(v) in (int, tuple, list) and not hasattr(type(module), k)
+                k: v
+                for k, v in own.items()
+                if type(v) in (int, float, tuple, list) and not hasattr(type(module), k)
             }
             hidden[id(module)] = mine
             for leaf in mine:

@@ -178,8 +178,6 @@ def _attention(layer: Layer) -> None:
         return
     for atom in leaves(heads):
         atom.count = True
-    for atom in leaves(offsets):
-        atom.mixed = atom.mixed or f"attention {layer.name!r} scales its scores by the head width"
     layer.attribute("head_dim", offsets)
 
 

@@ -28,7 +28,8 @@ from decay_pruning.graph.axes import (
 from decay_pruning.structures import Role
 
 if TYPE_CHECKING:
-    from decay_pruning.graph.run import Run
+    from decay_pruning.graph.run import Run, Value
+    from decay_pruning.graph.scales import Norm
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ class Op:
         self.trace = run.trace
         self.module = run.stack[-1] if run.stack else None
         self._run = run
+        self.scaled, run.scaled = run.scaled, run.scaled and not name.endswith("bmm")
+        self.norm: Norm | None = None  # that begins here
         self._site: str | None = None
         self._made: Reason | None = None
 
@@ -67,6 +70,10 @@ class Op:
     @property
     def output(self) -> Tensor:
         return self.outputs[0]
+
+    def value(self, tensor: Tensor) -> Value:
+        """What is known of a tensor."""
+        return self._run.value(tensor)
 
     def axes(self, argument: str | Tensor) -> Axes:
         """Axes of a tensor, or of the tensor that is given for an argument."""

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from decay_pruning import surgery
+from decay_pruning.folds import Fold
 from decay_pruning.graph.attributes import Attributes, Candidate, same
-from decay_pruning.graph.axes import Atom, Axis
+from decay_pruning.graph.axes import Atom, Axis, Misaligned, find, leaves, unify
 from decay_pruning.graph.choices import Choices
 from decay_pruning.graph.families import assemble
+from decay_pruning.graph.scales import Option, Scales
 from decay_pruning.graph.trace import Trace
 from decay_pruning.graph.verification import kind_of
 from decay_pruning.structures import LayerGroup, Place, StructureSet
 
-Variant = tuple[Candidate, ...]
+#: Attributes that follow a layer group, and folds that go with it.
+Variant = tuple[Candidate | Option, ...]
 #: Classes and names of attributes: what a choice has in common for layer groups of one kind.
 Labels = frozenset[Hashable]
 
@@ -42,11 +46,14 @@ class Proposals:
 
     def __init__(self, trace: Trace, allow_inexact: bool) -> None:
         self._trace = trace
+        self._scales = Scales(trace)
         self._choices = Choices(trace)
         self._attributes = Attributes(trace)
         self._allow_inexact = allow_inexact
         self.assembly = assemble(trace)
         self._sites: dict[str, str] = {}
+        self._ties: dict[str, str] = {}  # layer group → the one that it became one with
+        self._folds: dict[str, list[Fold]] = {}  # that go with a layer group
         self._taken: dict[Place, tuple[str, Axis]] = {}  # attributes that follow a layer group
         self._searches: dict[Hashable, _Search] = {}
         self._helpless: dict[str, str] = {}  # what was tried in vain, in words
@@ -56,10 +63,11 @@ class Proposals:
     def first(self) -> StructureSet:
         """Every layer group, without any attribute of the user's own."""
         self._sites |= self.assembly.sites
-        return self._set(dict.fromkeys(self.assembly.structures.groups, ()))
+        return self._set({name: self._variants(name)[0] for name in self.assembly.structures.groups})
 
-    def second(self, failed: Mapping[str, str]) -> StructureSet | None:
-        """What to try in the place of layer groups that have failed, for these reasons."""
+    def second(self, failed: Mapping[str, str] | None) -> StructureSet | None:
+        """What to try in place of layer groups that have failed, for these reasons; None: all others have passed."""
+        last, failed = failed is None, failed or {}
         for name, why in failed.items():
             self._taken = {p: (owner, axis) for p, (owner, axis) in self._taken.items() if owner != name}
             kind = kind_of(self._trace.model, self.assembly.structures.groups[name])
@@ -74,7 +82,7 @@ class Proposals:
         for search in self._searches.values():
             if not search.done:
                 todo |= self._next(search, failed)
-        return self._set(todo) if todo else self._freed()
+        return self._set(todo) if todo else self._freed(last)
 
     def _next(self, search: _Search, failed: Mapping[str, str]) -> dict[str, Variant]:
         """The next choice for the first layer group; once it has passed, the same one for all others."""
@@ -99,33 +107,83 @@ class Proposals:
         return next((v for v in self._variants(name) if self._labels(v) == labels), None)
 
     def _labels(self, variant: Variant) -> Labels:
-        places = [candidate.coupling for candidate in variant]
-        owners = [surgery.parent(self._trace.model, c.tensor) for c in places]
-        return frozenset((type(owner), leaf, c.dim) for (owner, leaf), c in zip(owners, places, strict=True))
+        found = set[Hashable]()
+        for each in variant:
+            tensor, dim = each.fold.place if isinstance(each, Option) else each.coupling.place
+            owner, leaf = surgery.parent(self._trace.model, tensor)
+            found.add((type(owner), leaf, dim, isinstance(each, Option)))
+        return frozenset(found)
 
     def _note(self, name: str, tried: Labels, why: str) -> None:
         """Remember the attributes that were set in vain, if they all stand where the width is split."""
         variant = self._alike(name, tried) or ()
-        if variant and all(candidate.near for candidate in variant) and name not in self._helpless:
-            leaves = ", ".join(sorted({candidate.coupling.tensor for candidate in variant}))
-            self._helpless[name] = f"; nor with {leaves} following ({why.partition('fails: ')[2] or why})"
+        attributes = [each for each in variant if isinstance(each, Candidate)]
+        if attributes and all(each.near for each in attributes) and name not in self._helpless:
+            told = ", ".join(sorted({each.coupling.tensor for each in attributes}))
+            self._helpless[name] = f"; nor with {told} following ({why.partition('fails: ')[2] or why})"
 
     def _lose(self, reasons: Mapping[str, str]) -> None:
         for name, why in reasons.items():
             atom = self.assembly.atoms[name]
             self._lost[id(atom)] = atom, why
 
-    def _freed(self) -> StructureSet | None:
+    def _freed(self, last: bool) -> StructureSet | None:
         """The families that were out for the sake of what is lost."""
+        if not last and self._waits():
+            return None
+        if tied := self._tied():
+            return self._again(tied)
         freed = {id(atom) for atom in self._choices.second(self._lost, self._allow_inexact)}
         self._lost = {}
-        if not freed:
-            return None
-        names = {id(atom): name for name, atom in self.assembly.atoms.items() if atom.reason is None}
+        return self._again(freed) if freed else None
+
+    def _waits(self) -> bool:
+        """Whether something that is lost may still be tied to what has not failed so far."""
+        groups = self.assembly.structures.groups
+        places: dict[Place, set[bool]] = {}
+        for name, atom in self.assembly.atoms.items():
+            if atom.reason is None:
+                for each in self._attributes.of(groups[name], atom):
+                    places.setdefault(each.coupling.place, set()).add(id(atom) in self._lost)
+        return any(len(some) == 2 for some in places.values())
+
+    def _tied(self) -> set[int]:
+        """Tie widths that are lost and that one number on a module stands for: both are as wide as it says.
+
+        So it is with the offsets in a head of queries and keys on one side, and of values on the other.
+        """
+        groups = self.assembly.structures.groups
+        names = {name: atom for name, atom in self.assembly.atoms.items() if id(atom) in self._lost}
+        first: dict[Place, tuple[str, Axis]] = {}
+        tied: dict[str, str] = {}
+        for name, atom in names.items():
+            for each in self._attributes.of(groups[name], atom):
+                other, axis = first.setdefault(each.coupling.place, (name, each.axis))
+                if other == name or not each.near:
+                    continue
+                with suppress(Misaligned):
+                    unify(axis, each.axis)
+                    tied[name] = other
+        for name, other in tied.items():
+            for atom in (names[name], names[other]):
+                self._lost.pop(id(atom), None)
+                self._known.pop(id(atom), None)
+        self._ties |= tied
+        if tied:  # layer groups of a new kind, whatever they look like
+            self._searches.clear()
+        return {id(atom) for name in tied.values() for atom in leaves(names[name])}
+
+    def _again(self, freed: Collection[int]) -> StructureSet:
+        """Assemble anew, and try what is free now."""
+        names: dict[int, str] = {}
+        for name, atom in self.assembly.atoms.items():
+            now = find(atom)
+            if isinstance(now, Atom) and now.reason is None:
+                names.setdefault(id(now), name)
         self.assembly = assemble(self._trace, names)
         self._sites |= self.assembly.sites
         fresh = [name for name, atom in self.assembly.atoms.items() if id(atom) in freed]
-        return self._set(dict.fromkeys(fresh, ()))
+        return self._set({name: self._variants(name)[0] for name in fresh})
 
     # ------------------------------------------------------------------------------------------- attributes
 
@@ -137,13 +195,18 @@ class Proposals:
         for name, variant in chosen.items():
             group = structures.groups[name]
             more = []
+            self._folds[name] = [each.fold for each in variant if isinstance(each, Option)]
             for each in variant:
+                if isinstance(each, Option):
+                    continue
                 _, axis = self._taken.setdefault(each.coupling.place, (name, each.axis))
                 if same(axis, each.axis):
                     sizes[each.coupling.place] = each.axis.size
                     more.append(each.coupling)
             groups[name] = replace(group, couplings=(*group.couplings, *more))
-        return replace(structures, groups=groups, sizes=sizes)
+        folds = [*self._scales.sure, *(fold for some in self._folds.values() for fold in some)]
+        outputs = self._trace.outputs.of(self.assembly.atoms)
+        return replace(structures, groups=groups, sizes=sizes, folds=tuple(folds), outputs=outputs)
 
     def _variants(self, name: str) -> list[Variant]:
         """Choices of attributes, none first."""
@@ -151,18 +214,26 @@ class Proposals:
         if id(atom) in self._known:
             return self._known[id(atom)]
         every = self._attributes.of(self.assembly.structures.groups[name], atom)
+        options = tuple(each for each in self._scales.options if any(a is atom for a in leaves(each.axis)))
         choices: list[Variant] = [()]
         for some in ([c for c in every if c.near], every):
             sure = tuple(each for each in some if each.sure)
             doubtful = [each for each in some if not each.sure][:6]
             choices += [sure, *((each,) for each in some[:6]), *((*sure, each) for each in doubtful)]
             choices += [tuple(e for e in some if e is not each) for each in doubtful] + [tuple(some)]
+        if options:
+            pairs = [(choice, (*choice, *options)) for choice in choices]
+            turned = any(each.first for each in options)
+            choices = [each for pair in pairs for each in (reversed(pair) if turned else pair)]
         self._known[id(atom)] = found = list(dict.fromkeys(choices))
         return found
 
     def located(self, structures: StructureSet) -> StructureSet:
         """Name the line that splits a width whose removal fails: there stands a number that does not follow it."""
         told = dict(structures.unprunable)
+        for name, other in self._ties.items():
+            if other in structures.groups:
+                told.pop(name, None)
         for name in told.keys() & self._sites.keys():
             site = self._sites[name]
             made = site.startswith(("new_", "zeros", "ones", "empty", "full", "rand", "arange"))

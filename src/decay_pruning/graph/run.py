@@ -9,17 +9,18 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from decay_pruning import proof
-from decay_pruning.graph import sites
+from decay_pruning.graph import scales, sites
 from decay_pruning.graph.axes import (
     CONSTANT,
     OPERATION,
@@ -45,15 +46,18 @@ Divisors = dict[frozenset[str], Axes]
 
 
 @dataclass
-class _Value:
+class Value:
     """What is known of one tensor of a run."""
 
     axes: Axes
-    parents: list[_Value]
-    base: _Value | None = None
+    parents: list[Value]
+    base: Value | None = None
     derived: bool = False  # from parameters and buffers alone
     parameter: str | None = None
     divisors: Divisors = field(default_factory=dict)  # what it was divided by, derived as well
+    shift: float = 0.0  # derived: a number that was added
+    stage: scales.Stage | None = None
+    rows: scales.Rows | None = None
 
     def names(self) -> set[str]:
         """The parameters and buffers that a derived value comes from."""
@@ -68,6 +72,26 @@ class _Value:
         return found
 
 
+class Attentions(TorchFunctionMode):
+    """Tells a run that an attention begins whose scale follows the width: its products can come one by one."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self._run = run
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        attention = func is torch.nn.functional.scaled_dot_product_attention
+        self._run.scaled |= attention and given.get("scale") is None and len(args) < 7
+        try:
+            return func(*args, **given)
+        finally:
+            if attention:
+                self._run.scaled = False
+
+
 class Run(TorchDispatchMode):
     """One run of the model."""
 
@@ -79,7 +103,8 @@ class Run(TorchDispatchMode):
         self.stack: list[nn.Module] = []
         self.written: Written
         self.operations = self.products = 0
-        self._seen: dict[int, tuple[Any, _Value]] = {}
+        self.scaled = False  # an attention begins that divides by the root of its width
+        self._seen: dict[int, tuple[Any, Value]] = {}
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
@@ -105,7 +130,7 @@ class Run(TorchDispatchMode):
             for handle in handles:
                 handle.remove()
 
-    def value(self, tensor: Tensor) -> _Value:
+    def value(self, tensor: Tensor) -> Value:
         """What is known of a tensor: a parameter, a result, or a constant."""
         found = self._seen.get(id(tensor))
         if found is not None and found[0]() is tensor:
@@ -123,8 +148,8 @@ class Run(TorchDispatchMode):
     def site(self) -> str:
         return sites.site() or self.trace.name(self.stack[-1] if self.stack else None)
 
-    def see(self, tensor: Tensor, axes: Axes, *, parameter: str | None = None) -> _Value:
-        value = _Value(axes, [], derived=parameter is not None, parameter=parameter)
+    def see(self, tensor: Tensor, axes: Axes, *, parameter: str | None = None) -> Value:
+        value = Value(axes, [], derived=parameter is not None, parameter=parameter)
         self._seen[id(tensor)] = weakref.ref(tensor), value
         return value
 
@@ -144,7 +169,7 @@ class Run(TorchDispatchMode):
         outputs = list(tensors([result]))
         if outputs:
             self._weigh(args, outputs[0])
-            self._follow(Op(self, func, args, given, outputs))
+            self._follow(Op(self, func, args, given, outputs), args)
         return result
 
     def _weigh(self, args: Sequence[Any], output: Tensor) -> None:
@@ -169,8 +194,9 @@ class Run(TorchDispatchMode):
                         fix(axis, Reason(OPERATION, f"is seen in two ways by cond{sites.at(self.site())}"))
         return taken
 
-    def _follow(self, op: Op) -> None:
+    def _follow(self, op: Op, args: Sequence[Any]) -> None:
         inputs = [self.value(t) for t in op.inputs]
+        before = [replace(value) for value in inputs]  # what it changes in place
         found = op.results()
         derived = bool(inputs) and all(v.derived for v in inputs)
         if not derived:
@@ -194,8 +220,9 @@ class Run(TorchDispatchMode):
             value.parents, value.derived = inputs, derived
             value.base = inputs[0] if aliases and inputs else None
             value.divisors = divisors if derived else {}
+        scales.follow(op, before, [self.value(tensor) for tensor in op.outputs], args)
 
-    def _divisors(self, op: Op, inputs: Sequence[_Value]) -> Divisors:
+    def _divisors(self, op: Op, inputs: Sequence[Value]) -> Divisors:
         """Weights that this divides by. Noted where the quotient, or the divisor itself, meets an activation."""
         before: Divisors = {}
         for value in inputs:
@@ -214,13 +241,17 @@ class Run(TorchDispatchMode):
     def finish(self, output: Any) -> None:
         """Outputs keep their shape; what leads to them is alive."""
         why = Reason(OUTPUT, "feeds the model's output")
-        todo: list[_Value] = []
+        todo: list[Value] = []
         given = list(proof.leaves(output))
         self.trace.silence = _silence(output, given)
-        for leaf in given:
+        names = self.trace.outputs.names(output, len(given))
+        for name, leaf in zip(names, given, strict=True):
             value = self.value(leaf)
-            for axis in value.axes:
-                fix(axis, why)
+            if name is None:
+                for axis in value.axes:
+                    fix(axis, why)
+            else:
+                self._may_lose(name, value.axes)
             if leaf.is_floating_point() or leaf.is_complex():
                 todo.append(value)
         reached: set[int] = set()
@@ -233,6 +264,16 @@ class Run(TorchDispatchMode):
                 self.trace.live.add(value.parameter)
             todo += value.parents
         self._seen.clear()
+
+    def _may_lose(self, name: str, axes: Axes) -> None:
+        """An output that need not keep its shape: in every run it has the same axes."""
+        before = self.trace.outputs.axes.setdefault(name, axes)
+        for mine, axis in zip(before, axes, strict=False):
+            try:
+                unify(mine, axis)
+            except Misaligned:  # another batch
+                for each in (mine, axis):
+                    fix(each, Reason(OUTPUT, f"feeds the output {name!r} in two ways"))
 
 
 def _divisor(op: Op) -> Iterator[Tensor]:

@@ -19,7 +19,9 @@ from decay_pruning.errors import GraphError
 from decay_pruning.graph import sites
 from decay_pruning.graph.attributes import reads
 from decay_pruning.graph.axes import INPUT, Atom, Axes, Axis, Product, Reason, Sum
-from decay_pruning.graph.run import Run
+from decay_pruning.graph.run import Attentions, Run
+from decay_pruning.graph.scales import Norm, Scores
+from decay_pruning.graph.wanted import Wanted
 from decay_pruning.keeping import eager, unwritten
 from decay_pruning.structures import Place, Role
 from decay_pruning.valueless import NoValueError, Shapes, is_valueless
@@ -27,13 +29,18 @@ from decay_pruning.valueless import NoValueError, Shapes, is_valueless
 log = logging.getLogger(__name__)
 
 
-def trace(model: nn.Module, example_inputs: Sequence[Any]) -> Trace:
+def trace(model: nn.Module, example_inputs: Sequence[Any], outputs: Sequence[str | int] = ()) -> Trace:
     """Run a model on every example, in evaluation and in training mode. The model is left as it was.
 
+    Args:
+        outputs: names of the outputs that keep their shape; none for all.
+
     Raises:
+        ConfigError: no such output.
         GraphError: the model does not run, or its output does not depend on its parameters.
     """
     found = Trace(model)
+    found.outputs.asked = tuple(outputs)
     for example in example_inputs:
         try:
             found.run(example)
@@ -43,6 +50,7 @@ def trace(model: nn.Module, example_inputs: Sequence[Any]) -> Trace:
             raise GraphError(
                 f"the model cannot be traced {meta}with these example inputs{sites.at(sites.of(error))}: {said}"
             ) from error
+    found.outputs.check()
     if not found.live & found.parameters.keys():
         raise GraphError(f"{found.silence}, so its layers cannot be traced")
     if any(True for _ in model.children()):
@@ -74,8 +82,10 @@ class Trace:
         attributes: module attributes that carry a width → its axis.
         used: names of parameters that an operation has read.
         live: names of parameters from which an output follows.
+        outputs: which outputs may lose width.
         calls: layer → axes of its first input and first output.
-        integers: own module → the integers and tuples on it that a run has read.
+        integers: own module → the numbers and tuples on it that a run has read.
+        norms, scores: where the model divides by a width (see `scales`).
         standardised: names of modules that normalise their own weight.
         directions: names of what weights are divided by, and of what scales them beside (None where the model divides
             something else) → axes of the divisor.
@@ -94,6 +104,9 @@ class Trace:
         self.live: set[str] = set()
         self.silence = ""
         self.operations = self.products = 0  # of the last run
+        self.outputs = Wanted()
+        self.norms: list[Norm] = []
+        self.scores: list[Scores] = []
         self.integers: dict[str, dict[str, Any]] = {}
         self.standardised: set[str] = set()
         self.directions: dict[tuple[frozenset[str], frozenset[str] | None], Axes] = {}
@@ -124,6 +137,11 @@ class Trace:
     def is_place(self, axis: Axis) -> bool:
         """Whether this is the axis of a parameter or buffer itself."""
         return id(axis) in self._of_axis
+
+    def place_of(self, axis: Axis) -> Place | None:
+        """The dimension of a parameter that this axis is of."""
+        dim = self._of_axis.get(id(axis))
+        return dim.place if dim is not None and dim.place[0] in self.parameters else None
 
     def is_layer(self, axes: Axes) -> bool:
         """Whether a matrix is a weight as torch's layers have it, (out, in), that is read the other way round."""
@@ -173,7 +191,14 @@ class Trace:
         for leaf in proof.leaves(example_inputs):
             run.see(leaf, [Atom(int(n), Reason(INPUT, "is tied to the model's input")) for n in leaf.shape])
         try:
-            with proof.untouched(self.model), _no_fast_paths(), torch.no_grad(), run.hooks(), reads(self):
+            with (
+                proof.untouched(self.model),
+                _no_fast_paths(),
+                torch.no_grad(),
+                run.hooks(),
+                reads(self),
+                Attentions(run),
+            ):
                 if training:
                     for module in self.modules:
                         module.training = True

@@ -25,6 +25,10 @@ from decay_pruning.structures import Picks, StructureSet
 Ignored = Annotated[tuple[str | nn.Module | type[nn.Module], ...], "a list of names of modules"]
 
 
+#: Outputs that keep their shape.
+OutputNames = Annotated[tuple[str | int, ...], "a list of names of outputs, or of their numbers"]
+
+
 @dataclass(frozen=True)
 class Goal:
     """What a pick has to reach.

@@ -11,7 +11,7 @@ from torch import nn
 from decay_pruning.checks import Count, Whole, check, shown
 from decay_pruning.errors import ConfigError
 from decay_pruning.graph import Graph
-from decay_pruning.hosts.base import Goal, Host, Ignored, Picker, Scene, as_picks
+from decay_pruning.hosts.base import Goal, Host, Ignored, OutputNames, Picker, Scene, as_picks
 from decay_pruning.hosts.depgraph import DepGraph
 from decay_pruning.structures import Picks
 
@@ -24,7 +24,7 @@ class Custom:
         function: (scene, goal) → layer group → original indices, from the eligible structures. `choose(scene,
             scores, goal)` makes picks from scores. Structures are removed as returned; if the goal is not met by
             them, the function is asked again.
-        ignored, heads, allow_inexact, rounds, interval: see `DepGraph`.
+        ignored, heads, allow_inexact, rounds, interval, outputs: see `DepGraph`.
 
     Raises:
         ConfigError: a value is out of range, or `function` is none.
@@ -36,6 +36,7 @@ class Custom:
     allow_inexact: bool = False
     rounds: Whole = 1
     interval: Count = 0
+    outputs: OutputNames = ()
 
     def __post_init__(self) -> None:
         check(self, "host")
@@ -43,7 +44,12 @@ class Custom:
     def graph(self, model: nn.Module, example_inputs: object) -> Graph:
         """Find the structures of a model."""
         return Graph(
-            model, example_inputs, ignored=self.ignored, heads=self.heads, allow_inexact=self.allow_inexact
+            model,
+            example_inputs,
+            ignored=self.ignored,
+            heads=self.heads,
+            allow_inexact=self.allow_inexact,
+            outputs=self.outputs,
         )
 
     def begin(self) -> Picker:

@@ -18,7 +18,7 @@ from decay_pruning.errors import ConfigError
 from decay_pruning.graph import Graph
 from decay_pruning.hosts import importance as importances
 from decay_pruning.hosts.activations import Activations
-from decay_pruning.hosts.base import Goal, Ignored, Picker, Scene
+from decay_pruning.hosts.base import Goal, Ignored, OutputNames, Picker, Scene
 from decay_pruning.hosts.importance import NORMALIZERS, Normalizer, Reduction
 from decay_pruning.hosts.ranking import MinKept, Per, Scope, choose
 from decay_pruning.structures import Picks, Role, StructureSet
@@ -79,6 +79,8 @@ class DepGraph:
         rounds: in how many equal parts of the way the target is approached.
         interval: optimizer steps of plain training between two rounds.
         sparse: group regulariser on all structures until the first pick (give the pruner a `start`).
+        outputs: names of the outputs that keep their shape ("logits"), or their numbers in a tuple; the others may
+            become narrower. None named: all keep it.
 
     Raises:
         ConfigError: a value is out of range or unknown.
@@ -97,6 +99,7 @@ class DepGraph:
     rounds: Whole = 1
     interval: Count = 0
     sparse: SparseLearning | None = None
+    outputs: OutputNames = ()
 
     def __post_init__(self) -> None:
         check(self, "host")
@@ -104,7 +107,12 @@ class DepGraph:
     def graph(self, model: nn.Module, example_inputs: object) -> Graph:
         """Find the structures of a model."""
         return Graph(
-            model, example_inputs, ignored=self.ignored, heads=self.heads, allow_inexact=self.allow_inexact
+            model,
+            example_inputs,
+            ignored=self.ignored,
+            heads=self.heads,
+            allow_inexact=self.allow_inexact,
+            outputs=self.outputs,
         )
 
     def begin(self) -> Picker:

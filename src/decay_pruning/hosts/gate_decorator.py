@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from decay_pruning.checks import Count, NotNegative, Share, Whole, check
 from decay_pruning.errors import BudgetError, ConfigError
 from decay_pruning.graph import Graph
-from decay_pruning.hosts.base import Goal, Ignored, Phase, Picker, Scene
+from decay_pruning.hosts.base import Goal, Ignored, OutputNames, Phase, Picker, Scene
 from decay_pruning.hosts.gates import Gates, as_gated, fold, gate, with_role
 from decay_pruning.hosts.ranking import choose
 from decay_pruning.structures import Picks, Role, StructureSet
@@ -51,7 +51,7 @@ class GateDecorator:
             area, for each layer that produces the channel.
         decay_in: "tick": what was picked decays while the next phase goes on; "own": it decays in a phase of its own,
             in which everything trains at `lr_min`.
-        ignored, heads, allow_inexact: see `DepGraph`.
+        ignored, heads, allow_inexact, outputs: see `DepGraph`.
 
     Raises:
         ConfigError: a value is out of range.
@@ -70,6 +70,7 @@ class GateDecorator:
     ignored: Ignored = ()
     heads: Mapping[str, Whole] = field(default_factory=dict)
     allow_inexact: bool = False
+    outputs: OutputNames = ()
 
     def __post_init__(self) -> None:
         check(self, "host")
@@ -91,7 +92,12 @@ class GateDecorator:
     def graph(self, model: nn.Module, example_inputs: object) -> Graph:
         """Find the structures of a model."""
         return Graph(
-            model, example_inputs, ignored=self.ignored, heads=self.heads, allow_inexact=self.allow_inexact
+            model,
+            example_inputs,
+            ignored=self.ignored,
+            heads=self.heads,
+            allow_inexact=self.allow_inexact,
+            outputs=self.outputs,
         )
 
     def begin(self) -> Picker:

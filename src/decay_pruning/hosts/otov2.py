@@ -33,7 +33,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from decay_pruning.checks import Count, Positive, Share, Whole, above, at_least, check
 from decay_pruning.errors import BudgetError
 from decay_pruning.graph import Graph
-from decay_pruning.hosts.base import Goal, Ignored, Picker, Scene
+from decay_pruning.hosts.base import Goal, Ignored, OutputNames, Picker, Scene
 from decay_pruning.hosts.ranking import choose
 from decay_pruning.slices import Sums
 from decay_pruning.structures import Picks, Place, Role, StructureSet
@@ -70,6 +70,7 @@ class OTOv2:
             every head.
         allow_inexact: also prune where removal changes the function by its nature (a width under LayerNorm).
         min_kept: structures of a layer group that always stay.
+        outputs: see `DepGraph`.
 
     Raises:
         ConfigError: a value is out of range or unknown.
@@ -87,6 +88,7 @@ class OTOv2:
     heads: Mapping[str, Whole] = field(default_factory=dict)
     allow_inexact: bool = False
     min_kept: Whole = 1
+    outputs: OutputNames = ()
     rounds: ClassVar[int] = 0
     interval: ClassVar[int] = 0
 
@@ -96,7 +98,12 @@ class OTOv2:
     def graph(self, model: nn.Module, example_inputs: object) -> Graph:
         """Find the structures of a model that have a producer side; the others are listed as not prunable."""
         graph = Graph(
-            model, example_inputs, ignored=self.ignored, heads=self.heads, allow_inexact=self.allow_inexact
+            model,
+            example_inputs,
+            ignored=self.ignored,
+            heads=self.heads,
+            allow_inexact=self.allow_inexact,
+            outputs=self.outputs,
         )
         groups = graph.structures.groups
         without = [n for n, g in groups.items() if not any(c.role in ZERO_INVARIANT for c in g.couplings)]

@@ -117,7 +117,12 @@ def mix(op: Op, axes: Sequence[Axis], text: str) -> None:
     elif op.module is None or not surgery.mixes_alone(op.module):
         op.refuse(axes, "is mixed by", name=op.name.removeprefix("native_").removeprefix("_"))
         return
+    mark_mixed(axes, text.format(op.trace.name(op.module)))
+
+
+def mark_mixed(axes: Sequence[Axis], text: str) -> None:
+    """Removal along these axes changes the function by its nature, for this reason."""
     for axis in axes:
         for atom in leaves(axis):
             if atom.reason is None and atom.size > 1 and atom.mixed is None:
-                atom.mixed = text.format(op.trace.name(op.module))
+                atom.mixed = text

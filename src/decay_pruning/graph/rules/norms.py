@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import nn
 
-from decay_pruning.graph.axes import Atom, Axes, Axis, Misaligned, divide, leaves
+from decay_pruning import surgery
+from decay_pruning.graph.axes import OPERATION, Atom, Axes, Axis, Misaligned, Reason, divide, fix, leaves
 from decay_pruning.graph.op import Op
-from decay_pruning.graph.rules._table import dims, elementwise, mix, rule
+from decay_pruning.graph.rules._table import dims, elementwise, mark_mixed, mix, rule
+from decay_pruning.graph.scales import Norm
+from decay_pruning.graph.sites import at
 from decay_pruning.structures import Role
 
 
@@ -41,7 +47,62 @@ def batch_norm(op: Op) -> list[Axes]:
     return [x]
 
 
-@rule("native_layer_norm", "_fused_rms_norm", "rms_norm")
+@rule("_fused_rms_norm", "rms_norm")
+def rms_norm(op: Op) -> list[Axes]:
+    """γ and ε take the change of the width (`scales`), if there is one γ and the layer is known."""
+    x = op.axes("input")
+    shape = op["normalized_shape"]
+    for d, axis in enumerate(x[-len(shape) :]):
+        affine(op, axis, d)
+    along = x[-len(shape) :]
+    if op.derived:
+        mix(op, along, "{} normalises over this width")
+        return [x]
+    norm = _norm(op, along)
+    norm.epsilon = epsilon_of(op["input"].dtype) if op.get("eps") is None else op["eps"]
+    norm.level = None if op["input"].is_meta else float(op["input"].double().square().mean())
+    weight = op.get("weight")
+    if weight is not None:
+        value = op.value(weight)
+        names = value.names() if value.derived else set()
+        norm.gammas = dict.fromkeys(names, value.shift)
+    return [x]
+
+
+def epsilon_of(dtype: torch.dtype) -> float:
+    """What `nn.RMSNorm(eps=None)` adds, which computes narrow dtypes in single precision."""
+    return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+
+
+def _norm(op: Op, along: Axes, *, surely: bool = True) -> Norm:
+    """A root mean square begins. What it does to the width is said when it is known whether a fold is possible."""
+    module = None if op.module is None else op.trace.modules.get(op.module)
+    norm = Norm(along[0], module, surely, _unfit(op, along) if surely else lambda why: None)
+    if len(along) != 1:
+        norm.broken = "goes over several dimensions"
+    op.trace.norms.append(norm)
+    return norm
+
+
+def _unfit(op: Op, along: Axes) -> Callable[[str], None]:
+    """Says what a mean of squares does to a width if nothing takes its scale. Holds no tensors of the run."""
+    whole = op.name != "mean" or "norm" in type(op.module).__name__.lower()
+    alone = op.module is not None and whole and surgery.mixes_alone(op.module)
+    where = op.trace.name(op.module)
+    name = "the mean" if op.name == "mean" else op.name.removeprefix("_")
+    mixed = f"is mixed by {name}{at(op.site())}"
+
+    def say(why: str) -> None:
+        if alone:
+            mark_mixed(along, f"{where} normalises over this width{why}")
+        else:
+            for axis in along:
+                fix(axis, Reason(OPERATION, mixed + why))
+
+    return say
+
+
+@rule("native_layer_norm")
 def layer_norm(op: Op) -> list[Axes]:
     x = op.axes("input")
     shape = op["normalized_shape"]
@@ -118,14 +179,24 @@ def reduction(op: Op) -> Axes | list[Axes]:
         return elementwise(op)
     over = dims(op.get("dim"), len(x))
     along = [x[d] for d in over]
+    square = op.value(op.inputs[0]).stage
+    squares = square is not None and square.kind == "square" and op.name in ("mean", "sum")
+    length = op.name == "linalg_vector_norm" and op["ord"] == 2
+    if (squares or length) and not op.derived:
+        op.norm = _norm(op, along, surely=op.name == "mean")
+    else:
+        _mixed(op, along)
+    if op.get("keepdim"):
+        return [Atom(1) if d in over else axis for d, axis in enumerate(x)]
+    return [axis for d, axis in enumerate(x) if d not in over]
+
+
+def _mixed(op: Op, along: Axes) -> None:
     norm = op.module is not None and "norm" in type(op.module).__name__.lower()
     if op.name in _MEANS and (norm or op.derived):
         mix(op, along, "{} normalises over this width")
     elif op.name not in _ADDITIVE:
         op.refuse(along, "is mixed by", name=f"the {op.name}")
-    if op.get("keepdim"):
-        return [Atom(1) if d in over else axis for d, axis in enumerate(x)]
-    return [axis for d, axis in enumerate(x) if d not in over]
 
 
 @rule(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from decay_pruning.graph.axes import (
     OPERATION,
@@ -24,6 +25,7 @@ from decay_pruning.graph.axes import (
 )
 from decay_pruning.graph.op import Op
 from decay_pruning.graph.rules._table import rule
+from decay_pruning.graph.scales import Scores
 from decay_pruning.graph.sites import at
 from decay_pruning.structures import Role
 
@@ -108,6 +110,10 @@ def batched_product(op: Op) -> Axes:
     a, b = op.axes(first), op.axes(second)
     op.tie(a[0], b[0])
     op.trace.heads.append(a[0])
+    derived = [op.value(op[name]).derived for name in (first, second)]
+    if not any(derived):  # torch's own attention divides by the width of its heads
+        surely = op.scaled or isinstance(op.module, nn.MultiheadAttention)
+        note_scores(op, a[-1], op[first], op[second], surely=surely, across=True)
     out = [a[0], *multiply(op, a[1:], b[1:])]
     return add_bias(op, "self", out) if op.name == "baddbmm" else out
 
@@ -163,16 +169,19 @@ def attention(op: Op) -> list[Axes]:
             op.refuse(op.axes(tensor), "is read by position in")
     plain = op.name == "flex_attention" and op["scale"] == op["query"].shape[-1] ** -0.5
     scale = None if plain else op.get("scale")
-    if scale is None and not isinstance(op.module, nn.MultiheadAttention):  # that one is in `layers`
-        scaled(op, q[-1])
+    note_scores(op, q[-1], op["query"], op["key"], surely=scale is None)
     return [[*q[:-1], v[-1]]]
 
 
-def scaled(op: Op, width: Axis) -> None:
-    """The scale follows the width, wherever the attention is written: a change that is known."""
-    for atom in leaves(width):
-        if atom.reason is None and atom.size > 1:
-            atom.mixed = atom.mixed or f"{op.trace.name(op.module)} scales its scores by the head width"
+def note_scores(
+    op: Op, width: Axis, query: Tensor, key: Tensor, *, surely: bool, across: bool = False
+) -> None:
+    """Queries meet keys along a width, by the root of which the scores may be divided (`scales`)."""
+    module = None if op.module is None else op.trace.modules.get(op.module)
+    rows, keys = op.value(query).rows, op.value(key).rows
+    if across and keys is not None:
+        keys = replace(keys, labels=keys.labels.transpose(-1, -2))
+    op.trace.scores.append(Scores(width, rows or keys, keys, module, surely))
 
 
 @rule("convolution", "_convolution", "convolution_overrideable", "mkldnn_convolution")

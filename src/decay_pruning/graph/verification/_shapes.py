@@ -7,7 +7,7 @@ import logging
 import torch
 from torch import nn
 
-from decay_pruning import proof, surgery
+from decay_pruning import outputs, proof, surgery
 from decay_pruning.graph.verification._shrunken import copied, without_value
 from decay_pruning.keeping import eager
 from decay_pruning.proof import Settings
@@ -48,15 +48,24 @@ class Shapes:
             return f"the smaller model does not run ({proof.first_line(error)})"
         finally:
             undo()
-        return None if after == self._before else f"the output had shapes {self._before} and has {after}"
+        kept = structures.outputs.kept(structures.gone(picks))
+        before = [
+            (name, tuple(kept[name, d].numel() if (name, d) in kept else n for d, n in enumerate(shape)))
+            for name, shape in self._before
+        ]
+        if after == before:
+            return None
+        had, has = ([shape for _, shape in each] for each in (before, after))
+        return f"the output had shapes {had} and has {has}"
 
     @torch.no_grad()
-    def _shapes(self) -> list[tuple[int, ...]]:
+    def _shapes(self) -> list[tuple[str, tuple[int, ...]]]:
         for module in self._twin.modules():
             module.training = self._setting.training
         with proof.seeded(self._twin), eager():
             output = proof.call(self._twin, self._setting.inputs)
-        return [tuple(leaf.shape) for leaf in proof.leaves(output)]
+        found = list(outputs.named(output)) or [("", leaf) for leaf in proof.leaves(output)]
+        return [(name, tuple(leaf.shape)) for name, leaf in found]
 
     def _innermost(self, error: BaseException) -> str | None:
         """The module that ran when an error came up."""

@@ -39,8 +39,8 @@ def demote(structures: StructureSet) -> StructureSet:
     return replace(structures, groups=groups, unprunable={**structures.unprunable, **inexact})
 
 
-#: Layer groups that have failed, each with the reason → others to be tried in their place, or None.
-Second = Callable[[Mapping[str, str]], StructureSet | None]
+#: Layer groups that have failed, each with the reason (None: all others have passed) → what to try in their place.
+Second = Callable[[Mapping[str, str] | None], StructureSet | None]
 
 
 def verified(
@@ -145,6 +145,8 @@ class _Verification:
             todo = second(self.fit(todo))
             if todo is None:
                 todo = second(self.prove())
+            if todo is None:
+                todo = second(None)
         unprunable = {name: why for name, why in self.unprunable.items() if name not in self.passed}
         return replace(self.structures, groups=self.passed, unprunable=unprunable)
 
@@ -261,6 +263,11 @@ def _random_values(model: nn.Module, structures: StructureSet) -> Iterator[Calla
     tensors: list[Tensor] = [p for p in model.parameters() if p.is_floating_point()]
     tensors += [b for name, b in model.named_buffers() if name in buffers and b.is_floating_point()]
     saved = [(tensor, tensor.data) for tensor in tensors]
+    scaled = {
+        each.tensor: each for fold in structures.folds for each in fold.scaled if each.level is not None
+    }
+    numbers = [(*surgery.parent(model, name), each.level) for name, each in scaled.items()]
+    before = [(module, leaf, getattr(module, leaf)) for module, leaf, _ in numbers]
     generator = torch.Generator().manual_seed(0)
 
     def put_back() -> None:
@@ -268,11 +275,15 @@ def _random_values(model: nn.Module, structures: StructureSet) -> Iterator[Calla
             tensor.data = data
 
     try:
+        for module, leaf, level in numbers:  # an ε so large that the output shows whether it follows
+            setattr(module, leaf, level)
         for tensor, data in saved:
             tensor.data = _perturbed(data, generator)
         yield put_back
     finally:
         put_back()
+        for module, leaf, value in before:
+            setattr(module, leaf, value)
 
 
 def _is_finite(output: proof.Output | None) -> bool:
