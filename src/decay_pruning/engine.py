@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from decay_pruning import shards
 from decay_pruning.checks import Count, checked
 from decay_pruning.decay import SmoothPruning, factors, joint
 from decay_pruning.errors import ConfigError, DecayPruningError
@@ -104,6 +105,7 @@ class Engine:
         smooth: how structures fade.
         rectify: when they are released, or None for never.
         on_event: called with each `Event`.
+        agree: makes figures the same in all processes that train the model, or refuses; None where they are anyway.
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class Engine:
         smooth: SmoothPruning,
         rectify: SelfRectifying | None = None,
         on_event: Callable[[Event], None] | None = None,
+        agree: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.structures = structures
         self.smooth = smooth
@@ -124,6 +127,7 @@ class Engine:
         self._optimizer = optimizer
         self._parameters = parameters
         self._on_event = on_event
+        self._agree = agree or (lambda figures: figures)
         self._fading: Fading | None = None
         self._holding: SliceBatch | None = None
         self._picks_made = 0
@@ -279,7 +283,7 @@ class Engine:
         if not picks:
             return
         new = self._batch(picks)
-        norms = new.norms(self._parameters())
+        norms = self._agree(new.norms(self._parameters()))
         figures = len(self._figures)
         fresh = Fading.of_pick(new, norms, self.step, steps, figures, rectified and steps > 1)
         self.counts.picked += new.slots
@@ -424,7 +428,7 @@ class Engine:
     def _saved_weights(self) -> dict[str, Any] | None:
         """The decaying weights as they were left, where the next step is measured from them."""
         kept = self._watch and self._fading and self._watch.kept_of(self._fading.batch)
-        if not kept:
+        if not kept or self._fading is None or not self._fading.batch.whole:
             return None
         copies = [None if v is None else v.cpu().clone() for v in (kept.flat, *kept.blocks)]
         return {"flat": copies[0], "blocks": copies[1:]}
@@ -443,6 +447,8 @@ class Engine:
         left = [self.smooth.left(self.step - begun, steps) for begun, steps in cohorts]
         per_slot = torch.tensor(left, dtype=batch.dtype)[number].to(batch.device)
         reading = batch.read(parameters) if reading is None else reading
+        if any(self.step - begun in (1, steps) for begun, steps in cohorts):
+            reading = reading._replace(norms=self._agree(reading.norms))
         shrink = factors(batch, reading.norms, fading.start, per_slot, self.smooth)
         if bool(released.any()):
             shrink = torch.where(released.to(batch.device)[batch.slice_slot], 1.0, shrink)
@@ -468,7 +474,7 @@ class Engine:
         candidates = judged[number] & fading.rectified & fading.seen.gt(0)
         if not bool(candidates.any()):
             return nothing
-        strength = self.rectify.strength(self._watch.averages(fading)).cpu()
+        strength = self._agree(self.rectify.strength(self._watch.averages(fading))).cpu()
         candidates &= strength.gt(-torch.inf)
         if self.rectify.exchanges:
             candidates = self._exchanged(fading, candidates, strength)
@@ -531,7 +537,7 @@ class Engine:
     # -- helpers ---------------------------------------------------------------------------------------------
 
     def _batch(self, picks: Picks, roles: Iterable[Role] | None = None) -> SliceBatch:
-        return SliceBatch(
+        return shards.batch(
             self.structures, picks, self._parameters(), self.smooth.roles if roles is None else roles
         )
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from decay_pruning import shards
 from decay_pruning.errors import ConfigError
 from decay_pruning.fading import Key, as_keys
 from decay_pruning.slices import SliceBatch
@@ -70,7 +71,7 @@ class Exchange:
             for name, ids in part.items():
                 picks.setdefault(name, []).extend(ids)
         picks = {name: sorted(ids) for name, ids in picks.items() if ids}
-        batch = SliceBatch(structures, picks, parameters, roles) if picks else None
+        batch = shards.batch(structures, picks, parameters, roles) if picks else None
         worth = (
             torch.zeros(0)
             if batch is None

@@ -118,6 +118,9 @@ class Lengths:
     @torch.no_grad()
     def __call__(self, tensors: Mapping[str, Tensor | None]) -> Tensor:
         """L2 norm of every structure, shape (rows,): layer group by layer group. An absent tensor counts as zero."""
+        return self._squares(tensors).clamp_min_(0).sqrt_()
+
+    def _squares(self, tensors: Mapping[str, Tensor | None]) -> Tensor:
         parts: list[Tensor] = []
         for stack in self._stacks:
             given = [dense(tensors.get(name)) for name in stack.names]
@@ -129,7 +132,7 @@ class Lengths:
             parts += [each.to(self.device, self.dtype) for each in found]
         if not parts:
             return torch.zeros(self.rows, dtype=self.dtype, device=self.device)
-        return self._sums(torch.cat(parts)).clamp_min_(0).sqrt_()
+        return self._sums(torch.cat(parts))
 
 
 def _norm(tensor: Tensor, dims: Sequence[int]) -> Tensor:

@@ -182,7 +182,7 @@ def check(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
     """Refuse, before anything is touched, what could not be cut in the end.
 
     Raises:
-        ConfigError: the parameters are sharded or flattened, the optimizer trains none of them, or it is of a kind of
+        ConfigError: a part of the model is wrapped, the optimizer trains none of them, or it is of a kind of
             which the state cannot be cut.
     """
     for name, module in model.named_modules():
@@ -192,12 +192,6 @@ def check(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
             raise ConfigError(
                 f"{where} is wrapped in {kind}, inside of the model: build the pruner from the plain model, and wrap "
                 "the whole of it"
-            )
-    for name, p in model.named_parameters():
-        if hasattr(p, "full_tensor"):
-            raise ConfigError(
-                f"{name!r} is a distributed tensor (DTensor), and sharded parameters are not supported yet: prune "
-                "before the model is sharded, or use replicated data parallelism"
             )
     optimizers = list(optimizers)
     for optimizer in optimizers:

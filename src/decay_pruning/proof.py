@@ -111,6 +111,11 @@ def place_of(model: nn.Module) -> Where:
     return next(((p.device, p.dtype) for p in model.parameters() if p.is_floating_point()), None)
 
 
+def device_of(example_inputs: Any) -> torch.device:
+    """Where the first tensor of inputs is."""
+    return next((leaf.device for leaf in leaves(example_inputs)), torch.device("cpu"))
+
+
 def follow(example_inputs: Any, before: Where, now: Where) -> Any:
     """The inputs of a model that was moved, or cast to another dtype, since they were made."""
     if before is None or now is None or before == now:

@@ -26,7 +26,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from decay_pruning.lengths import Lengths
+from decay_pruning import shards
 from decay_pruning.slices import SliceBatch, Sums
 from decay_pruning.structures import Role, StructureSet
 
@@ -116,7 +116,7 @@ class Parallel:
         roles: frozenset[Role],
     ) -> None:
         names = list(dict.fromkeys(name for name, _ in batch.keys))
-        self._lengths = Lengths(structures, names, tensors, roles)
+        self._lengths = shards.lengths(structures, names, tensors, roles)
         live = [torch.where(fading[name], -1, number) for number, name in enumerate(names)]
         segment = torch.cat(live)
         self._sums = Sums(segment, len(names), self._lengths.device)
