@@ -1,7 +1,7 @@
-"""Processes that train one model together (DDP, FSDP2, gradients averaged by hand) decide alike, or say that they cannot.
+"""Processes that train one model together (DDP, FSDP2, gradients averaged by hand) decide alike or give up together.
 
 What is decided comes from the first of them: a host can draw lots, or look at its own part of the data. What decisions
-rest on (norms, resistance) is compared: where it differs, the model has fallen apart, and that is said in all processes.
+rest on (norms, resistance) is compared: where it differs, the model has fallen apart, and all of them say so.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Shards: a model of which every process holds a part of each parameter (`fully_shard`, FSDP2).
 
-Structures are found and scored on a plain copy of the model; what fades are the shards. A row of a structure lies in one
-process, a column is spread over all. So each process sums over what it has, the sums are added up over all processes,
-and everybody scales its own part by the same factors. Nothing that knows structures has to know this: a `batch` of
+Structures are found and scored on a plain copy of the model; what fades are the shards. A row of a structure lies in
+one process, a column is spread over all. So each process sums over what it has, the sums are added up over all, and
+everybody scales its own part by the same factors. Nothing that knows structures has to know this: a `batch` of
 sharded parameters has the slices, and the numbers, that one of whole parameters would have.
 """
 
@@ -33,8 +33,10 @@ class Shards(dict[str, Tensor]):
     """
 
     def __init__(self, model: nn.Module) -> None:
+        from torch.distributed.fsdp import FSDPModule
+
         for module in model.modules():
-            if hasattr(module, "reshard"):
+            if isinstance(module, FSDPModule):
                 module.reshard()  # a forward pass leaves the outermost parameters whole
         super().__init__(model.named_parameters())
         self.model = model
@@ -48,8 +50,9 @@ class Shards(dict[str, Tensor]):
             if is_distributed(p):
                 kinds = cast(Any, p).placements
                 replicas = [axis for axis, kind in enumerate(kinds) if kind.is_replicate()]
-                shards = [(axis, kind.dim) for axis, kind in enumerate(kinds) if kind.is_shard()]
-                self._cut |= {name: self._range(p, axis, dim) for axis, dim in shards}
+                for axis, kind in enumerate(kinds):
+                    if kind.is_shard():
+                        self._cut[name] = self._range(p, axis, kind.dim)
         #: In a grid of processes, of those that hold the same shards one speaks for all.
         self._speaks = all(self.mesh.get_local_rank(axis) == 0 for axis in replicas)
         self._structures: tuple[StructureSet, StructureSet] | None = None
@@ -108,8 +111,8 @@ class Shards(dict[str, Tensor]):
         for name, value in self.model.named_buffers():
             path, _, leaf = name.rpartition(".")
             owner = plain.get_submodule(path)
-            mine = cast(Tensor, owner._buffers[leaf])
-            owner._buffers[leaf] = self._of_first(_whole(value)).to(mine.device, copy=True)
+            here = cast(Tensor, owner._buffers[leaf]).device
+            owner._buffers[leaf] = self._of_first(_whole(value)).to(here, copy=True)
 
     def _of_first(self, value: Tensor) -> Tensor:
         """The value that the first process has: running statistics differ."""
@@ -135,8 +138,8 @@ class Shards(dict[str, Tensor]):
         name = type(host).__name__
         if not getattr(host, "rounds", 1):
             raise ConfigError(
-                f"{name} takes part in every step of the training, and cannot do that on a sharded model: use DepGraph, "
-                "or a function of yours that picks"
+                f"{name} takes part in every step of the training, and cannot do that on a sharded model: use "
+                "DepGraph, or a function of yours that picks"
             )
         if getattr(host, "sparse", None) is not None or getattr(host, "importance", None) == "activation":
             what = (
@@ -246,7 +249,8 @@ def _as_they_were(model: nn.Module) -> Iterator[None]:
     before = [(module, type(module)) for module in model.modules() if isinstance(module, FSDPModule)]
     try:
         for module, kind in before:
-            module.__class__ = next(base for base in kind.__mro__[1:] if not issubclass(base, FSDPModule))
+            own = next(base for base in kind.__mro__[1:] if not issubclass(base, FSDPModule))
+            module.__class__ = cast(Any, own)
         yield
     finally:
         for module, kind in before:

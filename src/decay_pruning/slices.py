@@ -279,7 +279,8 @@ class Layout:
         small, large: what is chosen at each place, of small tensors and of large ones.
         places: all of these places, in that order.
         members: at each place, the slots that have a slice there.
-        slice_slot, slice_place: shape (slices,), on the CPU: the slot of each slice, and its place (index into `places`).
+        slice_slot: shape (slices,), on the CPU: the slot of each slice.
+        slice_place: shape (slices,), on the CPU: the place of each slice, as an index into `places`.
     """
 
     keys: list[tuple[str, int]]
