@@ -18,7 +18,9 @@ def _work(rank: int, world: int, folder: str, scenarios: Mapping[str, Callable[.
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     wait = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=wait)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=wait
+    )
     for name, scenario in scenarios.items():
         home = Path(folder) / name
         home.mkdir(exist_ok=True)
@@ -31,7 +33,9 @@ def _work(rank: int, world: int, folder: str, scenarios: Mapping[str, Callable[.
     dist.destroy_process_group()
 
 
-def together(world: int, folder: Path, scenarios: Mapping[str, Callable[..., Any]]) -> Callable[[str], list[Any]]:
+def together(
+    world: int, folder: Path, scenarios: Mapping[str, Callable[..., Any]]
+) -> Callable[[str], list[Any]]:
     """Run scenarios (rank, world, folder of its own) → anything that `torch.save` takes, in `world` processes.
 
     Returns:

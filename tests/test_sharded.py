@@ -28,13 +28,26 @@ STEPS = 9
 SETTINGS = {
     "exchange": ("residual", DepGraph(), SmoothPruning(steps=4), SelfRectifying(), torch.optim.SGD),
     "paper": ("perceptron", DepGraph(importance="taylor"), *ARMS["paper"], torch.optim.Adam),
+    "thin": ("thin", DepGraph(), SmoothPruning(steps=3), SelfRectifying(), torch.optim.SGD),
     "outward": ("plain", Custom(smallest_rows), *ARMS["sr"], torch.optim.SGD),
 }
 
 
+class Thin(nn.Module):
+    """A layer with one row, of which other processes than the first have none."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.inner, self.out = nn.Linear(192, 7), nn.Linear(7, 5), nn.Linear(5, 1)
+
+    def forward(self, x):
+        return self.out(self.inner(self.wide(x.flatten(1)).relu()).relu()) * torch.arange(5)
+
+
 def network(name):
     """Without batch statistics, so that two halves of a batch are one batch."""
-    model = build_model(name)
+    torch.manual_seed(0)
+    model = Thin() if name == "thin" else build_model(name)
     for leaf, module in list(model.named_children()):
         if isinstance(module, nn.BatchNorm2d):
             setattr(model, leaf, nn.GroupNorm(module.num_features, module.num_features, affine=True))
@@ -51,7 +64,9 @@ def prepared(model, kind, host, smooth, rectify, removal="at finish"):
 
 
 def whole(model):
-    return torch.cat([(p.full_tensor() if hasattr(p, "full_tensor") else p).detach().flatten() for p in model.parameters()])
+    return torch.cat(
+        [(p.full_tensor() if hasattr(p, "full_tensor") else p).detach().flatten() for p in model.parameters()]
+    )
 
 
 def train(model, optimizer, steps, part=slice(0, 16)):
@@ -96,7 +111,70 @@ def grid(rank, world, folder):
     return as_one("exchange", rank, world, folder, mesh=mesh)
 
 
+def refused(rank, world, folder):
+    """What is said of each thing that does not work, and that the model still learns afterwards."""
+    said = {}
+
+    def ask(name, model=None, **settings):
+        own = model is None
+        model = sharded("perceptron") if own else model
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        try:
+            Pruner(model, example(torch.float64), optimizer, 0.6, total_steps=STEPS, **settings)
+        except ConfigError as error:
+            said[name] = str(error)
+        if own:
+            train(model, optimizer, (1,), half(rank, world))
+
+    ask("at once", removal="at once")
+    ask("OTOv2", host=OTOv2())
+    ask("sparse", host=DepGraph(sparse=SparseLearning()), start=2)
+    ask("activation", host=DepGraph(importance="activation"), start=2)
+    ask("also", also=[network("perceptron")])
+    model = network("perceptron")
+    left_out = {model.hidden.weight, model.hidden.bias}
+    ask("ignored_params", fully_shard(model, ignored_params=left_out))
+    mesh = init_device_mesh("cpu", (world,))
+    ask("tensor parallel", parallelize_module(network("perceptron"), mesh, {"hidden": ColwiseParallel()}))
+    mesh = init_device_mesh("cpu", (1, world), mesh_dim_names=("data", "tensor"))
+    both = parallelize_module(network("perceptron"), mesh["tensor"], {"inner": ColwiseParallel()})
+    ask("both", fully_shard(both, mesh=mesh["data"]))
+    return said
+
+
+def works(rank, world, folder):
+    """Sharded models of other kinds: how many of the weights are left in each."""
+    kinds = {
+        "bfloat16": {
+            "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        },
+        "offload": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
+        "whole after forward": {"reshard_after_forward": False},
+    }
+    found = {}
+    for name, options in kinds.items():
+        torch.manual_seed(rank)  # an importance that draws lots
+        model = network("perceptron").float()
+        fully_shard(model, **options)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        with torch.no_grad():
+            model(example())  # which leaves the parameters of the whole in one piece
+        host = DepGraph(importance="random")
+        pruner = Pruner(model, example(), optimizer, 0.5, host=host, rectify=SelfRectifying(), total_steps=99)
+        for _, (x, y) in zip(range(3), batches(rank), strict=False):
+            nn.functional.cross_entropy(model(x).float(), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        pruner.plan()
+        report = pruner.finish(force=True)
+        pruner.model(example())
+        found[name] = (report.macs[1] / report.macs[0], whole(pruner.model))
+    return found
+
+
 SCENARIOS = {
+    "refused": refused,
+    "works": works,
     **{name: functools.partial(as_one, name) for name in SETTINGS},
     "grid": grid,
 }
@@ -125,3 +203,33 @@ def test_the_same_as_one_process(found, setting):
             assert small[name].shape == value.shape, name
             assert torch.allclose(small[name], value, rtol=1e-9, atol=1e-11), name
         assert torch.allclose(there, output, rtol=1e-9, atol=1e-11)
+
+
+def test_structures_are_released_in_one_of_them():
+    assert any("released" in report and " 0 released" not in report for _, report, *_ in map(alone, SETTINGS))
+
+
+def test_what_does_not_work_is_refused_by_name(found):
+    words = {
+        "at once": "removal='at once'",
+        "OTOv2": "OTOv2",
+        "sparse": "sparse learning",
+        "activation": "importance 'activation'",
+        "also": "also:",
+        "ignored_params": "ignored_params",
+        "tensor parallel": "parallelize_module",
+        "both": "parallelize_module",
+    }
+    for said in found("refused"):
+        assert said.keys() == words.keys()
+        for name, text in words.items():
+            assert text in said[name], said[name]
+
+
+def test_other_kinds_of_sharding_work(found):
+    first, *others = found("works")
+    assert len(first) == 3
+    for name, (left, weights) in first.items():
+        assert left <= 0.5, name
+        for other in others:
+            assert torch.equal(other[name][1], weights), name

@@ -33,11 +33,8 @@ class Shards(dict[str, Tensor]):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        from torch.distributed.fsdp import FSDPModule
-
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # a forward pass leaves the outermost parameters whole
+        for module in _sharded(model).values():
+            module.reshard()  # a forward pass leaves the outermost parameters whole
         super().__init__(model.named_parameters())
         self.model = model
         _check(model, self)
@@ -166,9 +163,18 @@ class Shards(dict[str, Tensor]):
 
 def shards_of(model: nn.Module) -> Shards | None:
     """The shards of a model; None where its parameters are whole."""
-    if not any(is_distributed(p) for p in model.parameters()):
-        return None
-    return Shards(model)
+    if _sharded(model) or any(is_distributed(p) for p in model.parameters()):
+        return Shards(model)
+    return None
+
+
+def _sharded(model: nn.Module) -> dict[str, Any]:
+    """The modules that `fully_shard` was called on."""
+    if not dist.is_available() or not dist.is_initialized():
+        return {}
+    from torch.distributed.fsdp import FSDPModule
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, FSDPModule)}
 
 
 def is_distributed(tensor: Tensor) -> bool:
@@ -190,10 +196,9 @@ def _check(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
     Raises:
         ConfigError: they are split in another way.
     """
-    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import Replicate, Shard
 
-    sharded = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
+    sharded = _sharded(model)
     spread = {name: cast(Any, p) for name, p in parameters.items() if is_distributed(p)}
     for name, p in spread.items():
         under = any(not path or name.startswith(f"{path}.") for path in sharded)
@@ -246,7 +251,7 @@ def _as_they_were(model: nn.Module) -> Iterator[None]:
     """The modules in their own classes, of which `fully_shard` makes others that cannot be copied."""
     from torch.distributed.fsdp import FSDPModule
 
-    before = [(module, type(module)) for module in model.modules() if isinstance(module, FSDPModule)]
+    before = [(module, type(module)) for module in _sharded(model).values()]
     try:
         for module, kind in before:
             own = next(base for base in kind.__mro__[1:] if not issubclass(base, FSDPModule))
