@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import multiprocessing
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
@@ -11,7 +12,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.fsdp
+import torch.distributed.tensor.parallel
 import torch.multiprocessing as mp
+
+import decay_pruning  # noqa: F401
 
 
 def _work(rank: int, world: int, folder: str, scenarios: Mapping[str, Callable[..., Any]]) -> None:
@@ -41,7 +46,9 @@ def together(
     Returns:
         name of a scenario → what it has found in each process; the first error is raised there.
     """
-    mp.spawn(_work, args=(world, str(folder), dict(scenarios)), nprocs=world)
+    multiprocessing.set_forkserver_preload([__name__])  # torch is imported once for all
+    args = (world, str(folder), dict(scenarios))
+    mp.start_processes(_work, args=args, nprocs=world, start_method="forkserver")
 
     def found(name: str) -> list[Any]:
         ranks = [torch.load(folder / name / f"rank{r}.pt", weights_only=True) for r in range(world)]
