@@ -5,7 +5,9 @@ import itertools
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -19,6 +21,7 @@ from decay_pruning import (
     SelfRectifying,
     SmoothPruning,
     SparseLearning,
+    Stateful,
 )
 
 from .ranks import together
@@ -172,7 +175,34 @@ def works(rank, world, folder):
     return found
 
 
+def resumed(rank, world, folder):
+    """The weights and the report of a run that stops in mid-decay, and goes on in other objects."""
+    found = {}
+    for name in ("exchange", "paper"):
+        network, host, smooth, rectify, kind = SETTINGS[name]
+        mine, settings = half(rank, world), (kind, host, smooth, rectify)
+        model = sharded(network)
+        optimizer, pruner = prepared(model, *settings)
+        train(model, optimizer, (3,), mine)
+        states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+        dcp.save({"pruner": Stateful(pruner), **states}, checkpoint_id=folder / name)
+        states = None
+
+        model = sharded(network)
+        optimizer, pruner = prepared(model, *settings)
+        dcp.load({"pruner": Stateful(pruner)}, checkpoint_id=folder / name)
+        states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+        dcp.load(states, checkpoint_id=folder / name)
+        set_state_dict(
+            model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"]
+        )
+        seen = train(model, optimizer, (3, STEPS), mine)
+        found[name] = seen, str(pruner.finish())
+    return found
+
+
 SCENARIOS = {
+    "resumed": resumed,
     "refused": refused,
     "works": works,
     **{name: functools.partial(as_one, name) for name in SETTINGS},
@@ -224,6 +254,15 @@ def test_what_does_not_work_is_refused_by_name(found):
         assert said.keys() == words.keys()
         for name, text in words.items():
             assert text in said[name], said[name]
+
+
+def test_a_run_goes_on_bit_for_bit_from_a_distributed_checkpoint(found):
+    for rank, runs in enumerate(found("resumed")):
+        for name, (seen, report) in runs.items():
+            expected, said, *_ = found(name)[rank]
+            assert report == said
+            for here, there in zip(seen, expected[3:], strict=True):
+                assert torch.equal(here, there), name
 
 
 def test_other_kinds_of_sharding_work(found):

@@ -177,9 +177,16 @@ class Engine:
         # nothing will move; it then carries `found_inf`, and gradients are still scaled.
         found_inf = getattr(self._optimizer, "found_inf", None)
         self._ready = found_inf is None or not bool(found_inf.item())
+        self._ready = self._ready and not self._only_for_state()
         if self._ready:
             self._whole(self._before_step)
             self.tell()
+
+    def _only_for_state(self) -> bool:
+        """A step of learning rate 0 on gradients of 0: `torch.distributed.checkpoint` makes one to have a state."""
+        if any(float(group["lr"]) for group in self._optimizer.param_groups):
+            return False
+        return shards.are_zero({name: p.grad for name, p in self._parameters().items()}, self._parameters())
 
     def _before_step(self) -> None:
         scale = getattr(self._optimizer, "grad_scale", None)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from decay_pruning.errors import ConfigError
 from decay_pruning.lengths import Lengths
-from decay_pruning.slices import Layout, Reading, SliceBatch, Values
+from decay_pruning.slices import Layout, Reading, SliceBatch, Values, dense
 from decay_pruning.structures import Coupling, Picks, Role, StructureSet
 
 
@@ -279,6 +279,14 @@ def lengths(
     """Lengths of whole layer groups of parameters, whole or sharded."""
     kind = ShardedLengths if isinstance(tensors, Shards) else Lengths
     return kind(structures, groups, tensors, roles)
+
+
+def are_zero(gradients: Mapping[str, Tensor | None], parameters: Mapping[str, Tensor]) -> bool:
+    """Whether there are gradients, and all of them are zero, here and in all processes."""
+    here = parameters.local(gradients, gradients) if isinstance(parameters, Shards) else gradients
+    counts = [grad.count_nonzero() for g in here.values() if (grad := dense(g)) is not None]
+    total = torch.stack([c.cpu() for c in counts]).sum() if counts else torch.ones((), dtype=torch.int64)
+    return not bool(parameters.summed(total) if isinstance(parameters, Shards) else total)
 
 
 class ShardedBatch(SliceBatch):
