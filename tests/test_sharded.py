@@ -1,7 +1,14 @@
 """A model sharded by `fully_shard` is pruned as one process would prune it."""
 
+import contextlib
 import functools
+import io
 import itertools
+import os
+import re
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,7 +208,19 @@ def resumed(rank, world, folder):
     return found
 
 
+def example_script(name, rank, world, folder):
+    """What a script of `examples/` prints, in the processes that are there instead of torchrun's."""
+    scripts = Path(__file__).parent.parent / "examples"
+    os.chdir(folder)
+    sys.path.insert(0, str(scripts))
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        runpy.run_path(str(scripts / f"{name}.py"))["main"]()
+    return printed.getvalue()
+
+
+EXAMPLES = ("ddp", "fsdp")
 SCENARIOS = {
+    **{f"{name}.py": functools.partial(example_script, name) for name in EXAMPLES},
     "resumed": resumed,
     "refused": refused,
     "works": works,
@@ -272,3 +291,15 @@ def test_other_kinds_of_sharding_work(found):
         assert left <= 0.5, name
         for other in others:
             assert torch.equal(other[name][1], weights), name
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples(found, name):
+    """Half of the MACs at most are left, and it is far above chance; the other process is silent."""
+    printed, *others = found(f"{name}.py")
+    macs = re.search(r"MACs +([\d,]+) -> ([\d,]+)", printed)
+    assert macs, printed
+    before, after = (int(figure.replace(",", "")) for figure in macs.groups())
+    assert after <= 0.5 * before
+    assert float(printed.splitlines()[-1].split()[0]) > 80, printed
+    assert not any(others)
