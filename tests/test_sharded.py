@@ -9,6 +9,7 @@ import re
 import runpy
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from decay_pruning import (
     SmoothPruning,
     SparseLearning,
     Stateful,
+    slices,
 )
 
 from .ranks import together
@@ -119,6 +121,12 @@ def as_one(setting, rank, world, folder, **options):
 def grid(rank, world, folder):
     mesh = init_device_mesh("cpu", (world, 1), mesh_dim_names=("copies", "shards"))
     return as_one("exchange", rank, world, folder, mesh=mesh)
+
+
+def large(rank, world, folder):
+    """With most tensors handled one by one, as large ones are."""
+    with mock.patch.dict(slices._SMALL, cpu=100):
+        return as_one("exchange", rank, world, folder)
 
 
 def refused(rank, world, folder):
@@ -226,6 +234,7 @@ SCENARIOS = {
     "works": works,
     **{name: functools.partial(as_one, name) for name in SETTINGS},
     "grid": grid,
+    "large": large,
 }
 
 
@@ -240,9 +249,9 @@ def alone(setting):
     return run(network(name), (kind, host, smooth, rectify))
 
 
-@pytest.mark.parametrize("setting", [*SETTINGS, "grid"])
+@pytest.mark.parametrize("setting", [*SETTINGS, "grid", "large"])
 def test_the_same_as_one_process(found, setting):
-    weights, report, state, output = alone("exchange" if setting == "grid" else setting)
+    weights, report, state, output = alone(setting if setting in SETTINGS else "exchange")
     for seen, said, small, there in found(setting):
         assert said == report
         for step, (here, expected) in enumerate(zip(seen, weights, strict=True)):
