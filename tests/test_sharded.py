@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -121,6 +122,22 @@ def as_one(setting, rank, world, folder, **options):
 def grid(rank, world, folder):
     mesh = init_device_mesh("cpu", (world, 1), mesh_dim_names=("copies", "shards"))
     return as_one("exchange", rank, world, folder, mesh=mesh)
+
+
+def messages(rank, world, folder):
+    """How many sums are exchanged in each step, and how many picks are made, by setting."""
+    found = {}
+    for name in SETTINGS:
+        network, host, smooth, rectify, kind = SETTINGS[name]
+        model = sharded(network)
+        optimizer, pruner = prepared(model, kind, host, smooth, rectify)
+        found[name] = []
+        with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as sent:
+            for step in range(STEPS):
+                before, rounds = sent.call_count, pruner.progress().round
+                train(model, optimizer, (step, step + 1), half(rank, world))
+                found[name].append((sent.call_count - before, pruner.progress().round - rounds))
+    return found
 
 
 def large(rank, world, folder):
@@ -235,6 +252,7 @@ SCENARIOS = {
     **{name: functools.partial(as_one, name) for name in SETTINGS},
     "grid": grid,
     "large": large,
+    "messages": messages,
 }
 
 
@@ -261,6 +279,14 @@ def test_the_same_as_one_process(found, setting):
             assert small[name].shape == value.shape, name
             assert torch.allclose(small[name], value, rtol=1e-9, atol=1e-11), name
         assert torch.allclose(there, output, rtol=1e-9, atol=1e-11)
+
+
+def test_one_message_in_each_step(found):
+    """And a second one where structures are picked; none where nothing decays."""
+    for counts in found("messages"):
+        for name, steps in counts.items():
+            assert all(sums <= 1 + picks for sums, picks in steps), (name, steps)
+        assert counts["exchange"][-1] == (0, 0)  # all is held
 
 
 def test_structures_are_released_in_one_of_them():

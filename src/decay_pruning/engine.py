@@ -142,6 +142,7 @@ class Engine:
         self._numbers = Numbers(structures)
         self._watch = None if rectify is None else Watch(rectify)
         self._exchange: Exchange | None = None
+        self._weighed: Callable[[], Exchange] | None = None  # the exchange with the gradients of this step
 
     # -- the optimizer's hooks -------------------------------------------------------------------------------
 
@@ -213,6 +214,8 @@ class Engine:
         reading = None
         if self._fading is not None and self._watch is not None:
             self._fading, reading = self._watch.after(self._fading, self._parameters())
+            if self._weighed is not None:
+                self._exchange, self._weighed = self._weighed(), None
         batch = self._fading.batch if self._fading is not None else None
         if self._driver is not None and self._driver.moved():
             reading = None
@@ -246,7 +249,7 @@ class Engine:
     def book(self) -> dict[str, Any]:
         """The book-keeping as it is, for `restore`."""
         names = ("structures", "step", "counts", "held", "_fading", "_holding", "_picks_made", "_pick_sizes",
-                 "_free_again", "_on_the_way", "_untold", "_exchange")  # fmt: skip
+                 "_free_again", "_on_the_way", "_untold", "_exchange", "_weighed")  # fmt: skip
         kinds = (dict, list, Counts)
         return {n: copy.copy(v) if isinstance(v := getattr(self, n), kinds) else v for n in names}
 
@@ -319,7 +322,7 @@ class Engine:
     def let_go(self) -> None:
         """End everything: what decays stays as it is, and what is held at zero is free to grow again."""
         self.held, self._holding, self._fading, self._pick_sizes = {}, None, None, {}
-        self._on_the_way = self._exchange = None
+        self._on_the_way = self._exchange = self._weighed = None
 
     def fade_out(self) -> None:
         """End every decay at once: what decays is set to zero and held."""
@@ -489,6 +492,7 @@ class Engine:
 
     def _compare(self, fading: Fading, watch: Watch, scale: Tensor | None) -> None:
         """Weigh what the host would take in place of what decays, while a verdict on that is coming."""
+        self._weighed = None
         watched = watch.wants(fading, self.step)
         if watched is None or self._driver is None or not bool((watched & fading.rectified).any()):
             self._exchange = None
@@ -497,7 +501,7 @@ class Engine:
         if self._exchange is None or self._exchange.structures is not self.structures:
             offer = self._driver.replacements()
             self._exchange = Exchange.of(self.structures, offer, parameters, self.smooth.roles)
-        self._exchange = self._exchange.read(parameters, scale)
+        self._weighed = self._exchange.later(parameters, scale)
 
     def _exchanged(self, fading: Fading, candidates: Tensor, worth: Tensor) -> Tensor:
         """Those of the candidates that are worth more than what would go in their place."""

@@ -20,7 +20,7 @@ The first two are the paper's (arXiv 2406.03879) as far as it is known; their no
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -134,9 +134,18 @@ class Parallel:
 
     def c_len(self, gradients: Mapping[str, Tensor | None]) -> Tensor:
         """Shape (slots,). The gradients' common scale does not matter."""
-        lengths = self._lengths(gradients)
-        mean = _ratio(self._sums(lengths), self._counts)
-        return _ratio(lengths[self._rows], mean[self._group])
+        return self.later(gradients)()
+
+    def later(self, gradients: Mapping[str, Tensor | None]) -> Callable[[], Tensor]:
+        """C_len of the gradients as they are now, when it is asked for."""
+        measured = self._lengths.later(gradients)
+
+        def found() -> Tensor:
+            lengths = measured()
+            mean = _ratio(self._sums(lengths), self._counts)
+            return _ratio(lengths[self._rows], mean[self._group])
+
+        return found
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ sharded parameters has the slices, and the numbers, that one of whole parameters
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -52,6 +52,7 @@ class Shards(dict[str, Tensor]):
                         self._cut[name] = self._range(p, axis, kind.dim)
         #: In a grid of processes, of those that hold the same shards one speaks for all.
         self._speaks = all(self.mesh.get_local_rank(axis) == 0 for axis in replicas)
+        self._waiting: list[list[Tensor]] = []  # what goes into the next message
         self._structures: tuple[StructureSet, StructureSet] | None = None
 
     def _range(self, p: Tensor, axis: int, dim: int) -> tuple[int, int, int]:
@@ -91,12 +92,29 @@ class Shards(dict[str, Tensor]):
 
     def summed(self, values: Tensor) -> Tensor:
         """Added up over all processes, the same in each to the last bit."""
-        here = values.to(self.mesh.device_type)
+        return self.later(values)()
+
+    def later(self, values: Tensor) -> Callable[[], Tensor]:
+        """The same when it is asked for: all that waits until then goes into one message."""
+        self._waiting.append(entry := [values])
+
+        def found() -> Tensor:
+            if any(entry is each for each in self._waiting):
+                self._send()
+            return entry[0]
+
+        return found
+
+    def _send(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        values = [each[0] for each in waiting]
+        here = torch.cat([v.flatten().to(self.mesh.device_type) for v in values])
         if not self._speaks:
             here = torch.zeros_like(here)
         for group in reversed(self.groups):
             dist.all_reduce(here, group=group)
-        return here.to(values.device)
+        for each, own, total in zip(waiting, values, here.split([v.numel() for v in values]), strict=True):
+            each[0] = total.view(own.shape).to(own.device, own.dtype)
 
     @torch.no_grad()
     def fill(self, plain: nn.Module) -> None:
@@ -315,12 +333,12 @@ class ShardedBatch(SliceBatch):
     def _here(self, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
         return self._shards.local(tensors, self._names)
 
-    def _summed(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Sums of the own slices → sums of all, in one message."""
+    def _later(self, parts: Sequence[Tensor]) -> Callable[[], Tensor]:
+        """Sums of the own slices → sums of all, shape (parts, slices), when they are asked for."""
         every = torch.zeros(len(parts), self.slices, dtype=self.dtype, device=self.device)
         if self._number.numel():
             every[:, self._number] = torch.stack(list(parts)).to(self.device, self.dtype)
-        return list(self._shards.summed(every))
+        return self._shards.later(every)
 
     def values(self, tensors: Mapping[str, Tensor]) -> Values:
         return self._mine.values(self._here(tensors))
@@ -331,15 +349,26 @@ class ShardedBatch(SliceBatch):
     @torch.no_grad()
     def read(self, tensors: Mapping[str, Tensor], since: Values | None = None) -> Reading:
         parts, flat = self._mine._squares(self._here(tensors), since)
-        squares, *rest = self._summed(parts if since is not None else parts[:1])
+        squares, *rest = self._later(parts if since is not None else parts[:1])()
         return Reading(squares.sqrt_(), flat, *rest)
 
     @torch.no_grad()
     def moments(
         self, tensors: Mapping[str, Tensor], others: Mapping[str, Tensor | None]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        aa, ab, bb = self._summed(self._mine.moments(self._here(tensors), self._here(others)))
-        return aa, ab, bb
+        return self.moments_later(tensors, others)()
+
+    @torch.no_grad()
+    def moments_later(
+        self, tensors: Mapping[str, Tensor], others: Mapping[str, Tensor | None]
+    ) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
+        sums = self._later(self._mine.moments(self._here(tensors), self._here(others)))
+
+        def found() -> tuple[Tensor, Tensor, Tensor]:
+            aa, ab, bb = sums()
+            return aa, ab, bb
+
+        return found
 
     @torch.no_grad()
     def scale_(
@@ -370,3 +399,8 @@ class ShardedLengths(Lengths):
 
     def _squares(self, tensors: Mapping[str, Tensor | None]) -> Tensor:
         return self._shards.summed(super()._squares(self._shards.local(tensors, tensors)))
+
+    @torch.no_grad()
+    def later(self, tensors: Mapping[str, Tensor | None]) -> Callable[[], Tensor]:
+        squares = self._shards.later(super()._squares(self._shards.local(tensors, tensors)))
+        return lambda: squares().clamp_min(0).sqrt()

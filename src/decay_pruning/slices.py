@@ -464,6 +464,13 @@ class SliceBatch:
         aa, ab, bb = (torch.cat(part) for part in zip(*parts, strict=True))
         return aa, ab, bb
 
+    def moments_later(
+        self, tensors: Mapping[str, Tensor], others: Mapping[str, Tensor | None]
+    ) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
+        """`moments` as the tensors are now, when they are asked for: what is sharded is added up then."""
+        found = self.moments(tensors, others)
+        return lambda: found
+
     def per_slot(self, values: Tensor) -> Tensor:
         """Sum over the slices of each structure: (slices,) → (slots,)."""
         return self._slot_sums(values)
