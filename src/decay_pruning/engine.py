@@ -185,7 +185,7 @@ class Engine:
 
     def _only_for_state(self) -> bool:
         """A step of learning rate 0 on gradients of 0: `torch.distributed.checkpoint` makes one to have a state."""
-        if any(float(group["lr"]) for group in self._optimizer.param_groups):
+        if not all(_is_zero(group.get("lr")) for group in self._optimizer.param_groups):
             return False
         return shards.are_zero({name: p.grad for name, p in self._parameters().items()}, self._parameters())
 
@@ -582,3 +582,10 @@ class Engine:
             )
             logger.info("step %d: %s %d of %s: %s", event.step, kind, len(mine), group, event.indices)
             self._untold.append(event)
+
+
+def _is_zero(rate: Any) -> bool:
+    """Whether a learning rate is zero, as far as that can be seen without waiting for a device."""
+    if isinstance(rate, Tensor):
+        return rate.device.type == "cpu" and not bool(rate.any())
+    return isinstance(rate, int | float) and rate == 0
