@@ -16,9 +16,15 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from decay_pruning import (
@@ -170,6 +176,7 @@ def refused(rank, world, folder):
     left_out = {model.hidden.weight, model.hidden.bias}
     ask("ignored_params", fully_shard(model, ignored_params=left_out))
     mesh = init_device_mesh("cpu", (world,))
+    ask("FSDP1", FullyShardedDataParallel(network("perceptron"), device_id=torch.device("cpu")))
     ask("tensor parallel", parallelize_module(network("perceptron"), mesh, {"hidden": ColwiseParallel()}))
     mesh = init_device_mesh("cpu", (1, world), mesh_dim_names=("data", "tensor"))
     both = parallelize_module(network("perceptron"), mesh["tensor"], {"inner": ColwiseParallel()})
@@ -185,11 +192,14 @@ def works(rank, world, folder):
         },
         "offload": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
         "whole after forward": {"reshard_after_forward": False},
+        "checkpointed": {},
     }
     found = {}
     for name, options in kinds.items():
         torch.manual_seed(rank)  # an importance that draws lots
         model = network("perceptron").float()
+        if name == "checkpointed":  # a wrapper with hooks of its own, inside
+            model.hidden = checkpoint_wrapper(model.hidden)
         fully_shard(model, **options)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
         with torch.no_grad():
@@ -203,6 +213,7 @@ def works(rank, world, folder):
         pruner.plan()
         report = pruner.finish(force=True)
         pruner.model(example())
+        assert pruner.model.state_dict().keys() == network("perceptron").state_dict().keys()
         found[name] = (report.macs[1] / report.macs[0], whole(pruner.model))
     return found
 
@@ -301,6 +312,7 @@ def test_what_does_not_work_is_refused_by_name(found):
         "activation": "importance 'activation'",
         "also": "also:",
         "ignored_params": "ignored_params",
+        "FSDP1": "fully_shard",
         "tensor parallel": "parallelize_module",
         "both": "parallelize_module",
     }
@@ -321,7 +333,7 @@ def test_a_run_goes_on_bit_for_bit_from_a_distributed_checkpoint(found):
 
 def test_other_kinds_of_sharding_work(found):
     first, *others = found("works")
-    assert len(first) == 3
+    assert len(first) == 4
     for name, (left, weights) in first.items():
         assert left <= 0.5, name
         for other in others:

@@ -187,7 +187,12 @@ def check(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
     """
     for name, module in model.named_modules():
         kind = type(module).__name__
-        if kind in ("FullyShardedDataParallel", "DistributedDataParallel", "DataParallel", "OptimizedModule"):
+        if kind == "FullyShardedDataParallel":
+            raise ConfigError(
+                "FullyShardedDataParallel flattens its parameters, which cannot be cut: shard the model by fully_shard "
+                "(FSDP2) before the pruner is built"
+            )
+        if kind in ("DistributedDataParallel", "DataParallel", "OptimizedModule"):
             where = "the model" if not name else f"{name!r}"
             raise ConfigError(
                 f"{where} is wrapped in {kind}, inside of the model: build the pruner from the plain model, and wrap "

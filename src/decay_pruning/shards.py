@@ -239,45 +239,44 @@ def _check(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
 
 def plain(model: nn.Module, device: torch.device) -> nn.Module:
     """A copy of a sharded model in one piece, as it was before `fully_shard`. All processes have to ask for it."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for leaf, value in module.__dict__.items():
-            if "composable_api" in leaf:
-                memo[id(value)] = {}
-            elif isinstance(value, dict) and "hooks" in leaf:
-                memo[id(value)] = type(value)((k, v) for k, v in value.items() if not _of_torch(v))
-    for p in model.parameters():
-        memo[id(p)] = nn.Parameter(_whole(p).to(device, copy=True), requires_grad=p.requires_grad)
-    for b in model.buffers():
-        memo[id(b)] = _whole(b).to(device, copy=True)
-    with _as_they_were(model):
-        copied = copy.deepcopy(model, memo)
-    for module in copied.modules():
-        for leaf in [leaf for leaf in vars(module) if "composable_api" in leaf or "fsdp" in leaf]:
-            del module.__dict__[leaf]
-    return copied
-
-
-def _of_torch(hook: Any) -> bool:
-    """Whether a hook is one that sharding has put there."""
-    owner = type(hook.__self__) if hasattr(hook, "__self__") else hook
-    return str(getattr(owner, "__module__", "")).startswith("torch.distributed.")
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(_whole(p).to(device, copy=True), requires_grad=p.requires_grad)
+        for p in model.parameters()
+    }
+    memo |= {id(b): _whole(b).to(device, copy=True) for b in model.buffers()}
+    with _as_it_was(model):
+        return copy.deepcopy(model, memo)
 
 
 @contextmanager
-def _as_they_were(model: nn.Module) -> Iterator[None]:
-    """The modules in their own classes, of which `fully_shard` makes others that cannot be copied."""
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """The model without what `fully_shard` has put on its modules, none of which can be copied."""
     from torch.distributed.fsdp import FSDPModule
 
-    before = [(module, type(module)) for module in _sharded(model).values()]
+    before = [(module, type(module), dict(vars(module))) for module in model.modules()]
     try:
-        for module, kind in before:
-            own = next(base for base in kind.__mro__[1:] if not issubclass(base, FSDPModule))
-            module.__class__ = cast(Any, own)
+        for module, kind, own in before:
+            if isinstance(module, FSDPModule):
+                module.__class__ = cast(
+                    Any, next(k for k in kind.__mro__[1:] if not issubclass(k, FSDPModule))
+                )
+            for leaf, value in own.items():
+                if "composable_api" in leaf or "fsdp" in leaf:
+                    del module.__dict__[leaf]
+                elif "hooks" in leaf and isinstance(value, dict):
+                    left = {number: hook for number, hook in value.items() if not _of_sharding(hook)}
+                    module.__dict__[leaf] = type(value)(left)
         yield
     finally:
-        for module, kind in before:
+        for module, kind, own in before:
             module.__class__ = kind
+            module.__dict__.update(own)
+
+
+def _of_sharding(hook: Any) -> bool:
+    owner = type(hook.__self__) if hasattr(hook, "__self__") else hook
+    module = str(getattr(owner, "__module__", ""))
+    return module.startswith(("torch.distributed.fsdp.", "torch.distributed._composable."))
 
 
 # ------------------------------------------------------------------------------------------------ arithmetic
