@@ -19,12 +19,14 @@ import torch.multiprocessing as mp
 import decay_pruning  # noqa: F401
 
 
-def _work(rank: int, world: int, folder: str, scenarios: Mapping[str, Callable[..., Any]]) -> None:
+def _work(
+    rank: int, world: int, folder: str, scenarios: Mapping[str, Callable[..., Any]], backend: str
+) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     wait = datetime.timedelta(seconds=60)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=wait
+        backend, init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=wait
     )
     for name, scenario in scenarios.items():
         home = Path(folder) / name
@@ -39,7 +41,7 @@ def _work(rank: int, world: int, folder: str, scenarios: Mapping[str, Callable[.
 
 
 def together(
-    world: int, folder: Path, scenarios: Mapping[str, Callable[..., Any]]
+    world: int, folder: Path, scenarios: Mapping[str, Callable[..., Any]], *, backend: str = "gloo"
 ) -> Callable[[str], list[Any]]:
     """Run scenarios (rank, world, folder of its own) → anything that `torch.save` takes, in `world` processes.
 
@@ -47,7 +49,7 @@ def together(
         name of a scenario → what it has found in each process; the first error is raised there.
     """
     multiprocessing.set_forkserver_preload([__name__])  # torch is imported once for all
-    args = (world, str(folder), dict(scenarios))
+    args = (world, str(folder), dict(scenarios), backend)
     mp.start_processes(_work, args=args, nprocs=world, start_method="forkserver")
 
     def found(name: str) -> list[Any]:

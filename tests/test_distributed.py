@@ -196,6 +196,16 @@ def each_its_own(rank, world, folder):
     return train(model, optimizer, pruner, part(rank, world))
 
 
+def synchronised(rank, world, folder):
+    """Such norms train on a GPU only; that structures are found and cut does not need one."""
+    found = []
+    for convert in (nn.SyncBatchNorm.convert_sync_batchnorm, lambda model: model):
+        model = convert(network(norms=True))
+        _, pruner = prepared(model)
+        found.append((str(pruner.finish(force=True)), dict(model.state_dict())))
+    return found
+
+
 def zero(rank, world, folder):
     with warnings.catch_warnings():  # torch's own, on import
         warnings.simplefilter("ignore")
@@ -236,6 +246,7 @@ SCENARIOS = {
     "different": different,
     "each": each_its_own,
     "ZeRO": zero,
+    "synchronised": synchronised,
 }
 
 
@@ -322,3 +333,36 @@ def test_a_group_of_one_trains_alone(two):
 
 def test_zero_is_refused_by_name(two):
     two("ZeRO")
+
+
+def test_synchronised_norms_are_cut_as_others(two):
+    for (report, state), (other, expected) in two("synchronised"):
+        assert report == other
+        assert all(torch.equal(state[name], value) for name, value in expected.items())
+
+
+def on_gpus(rank, world, folder):
+    torch.cuda.set_device(rank)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(network(norms=True)).cuda()
+    model = DistributedDataParallel(model, device_ids=[rank])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    pruner = Pruner(
+        model, example(torch.float64).cuda(), optimizer, 0.6,
+        smooth=SmoothPruning(steps=4), rectify=SelfRectifying(), total_steps=STEPS,
+    )  # fmt: skip
+    seen = []
+    for x, y in stream():
+        optimizer.zero_grad()
+        backward(model, x[part(rank, world)].cuda(), y[part(rank, world)].cuda())
+        optimizer.step()
+        seen.append(weights(pruner.model).cpu())
+    return seen, str(pruner.finish()), {}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_synchronised_norms_on_gpus(tmp_path):
+    ranks = together(2, tmp_path, {"on GPUs": on_gpus}, backend="nccl")("on GPUs")
+    equal(ranks)
+    model = network(norms=True)
+    close(ranks, (*train(model, *prepared(model), slice(0, BATCH))[:2], {}))

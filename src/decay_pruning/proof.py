@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -42,11 +43,24 @@ WAY_OUT = (
 
 def call(model: nn.Module, example_inputs: Any) -> Any:
     """`model(x)` for a tensor, `model(*x)` for a tuple or list, `model(**x)` for a mapping."""
-    if isinstance(example_inputs, Mapping):
-        return model(**example_inputs)
-    if isinstance(example_inputs, tuple | list):
-        return model(*example_inputs)
-    return model(example_inputs)
+    with _alone():
+        if isinstance(example_inputs, Mapping):
+            return model(**example_inputs)
+        if isinstance(example_inputs, tuple | list):
+            return model(*example_inputs)
+        return model(example_inputs)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Synchronised batch-norms normalise over the batch at hand: other processes may be elsewhere."""
+    synchronised: Any = nn.SyncBatchNorm
+    before = synchronised.forward
+    synchronised.forward = _BatchNorm.forward
+    try:
+        yield
+    finally:
+        synchronised.forward = before
 
 
 def leaves(output: Any) -> Iterator[Tensor]:
