@@ -90,13 +90,13 @@ def whole(model):
 
 def train(model, optimizer, steps, part=slice(0, 16)):
     """The weights after each of these steps."""
-    seen = []
+    seen, device = [], next(model.parameters()).device
     for x, y in itertools.islice(batches(1, torch.float64), *steps):
-        loss = nn.functional.cross_entropy(model(x[part]), y[part])
+        loss = nn.functional.cross_entropy(model(x[part].to(device)), y[part].to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        seen.append(whole(model))
+        seen.append(whole(model).cpu())
     return seen
 
 
@@ -112,8 +112,8 @@ def half(rank, world):
     return slice(rank * 16 // world, (rank + 1) * 16 // world)
 
 
-def sharded(name, **options):
-    model = network(name)
+def sharded(name, device="cpu", **options):
+    model = network(name).to(device)
     for layer in list(model.children())[::2]:
         fully_shard(layer, **options)
     return fully_shard(model, **options)
@@ -280,8 +280,24 @@ def alone(setting):
 
 @pytest.mark.parametrize("setting", [*SETTINGS, "grid", "large"])
 def test_the_same_as_one_process(found, setting):
+    same(found(setting), setting)
+
+
+def on_gpus(rank, world, folder):
+    """The plain copy is on the CPU, where the example inputs are."""
+    torch.cuda.set_device(rank)
+    return as_one("exchange", rank, world, folder, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_the_same_on_gpus(tmp_path):
+    same(together(2, tmp_path, {"exchange": on_gpus}, backend="nccl")("exchange"), "exchange")
+
+
+def same(ranks, setting):
     weights, report, state, output = alone(setting if setting in SETTINGS else "exchange")
-    for seen, said, small, there in found(setting):
+    for seen, said, small, there in ranks:
         assert said == report
         for step, (here, expected) in enumerate(zip(seen, weights, strict=True)):
             assert torch.allclose(here, expected, rtol=1e-9, atol=1e-11), f"step {step}"
