@@ -38,6 +38,7 @@ from decay_pruning.plan import Plan, inspect
 from decay_pruning.progress import Progress, PruningReport
 from decay_pruning.pruner import Pruner
 from decay_pruning.rectify import SelfRectifying
+from decay_pruning.stateful import Stateful
 from decay_pruning.structures import Coupling, LayerGroup, Picks, Role, StructureSet
 
 __version__ = "0.1.0"
@@ -71,6 +72,7 @@ __all__ = [
     "SelfRectifying",
     "SmoothPruning",
     "SparseLearning",
+    "Stateful",
     "StructureSet",
     "SurgeryError",
     "Target",

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from decay_pruning import shards
 from decay_pruning.checks import Count, checked
 from decay_pruning.decay import SmoothPruning, factors, joint
 from decay_pruning.errors import ConfigError, DecayPruningError
@@ -104,6 +105,7 @@ class Engine:
         smooth: how structures fade.
         rectify: when they are released, or None for never.
         on_event: called with each `Event`.
+        agree: makes figures the same in all processes that train the model, or refuses; None where they are anyway.
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class Engine:
         smooth: SmoothPruning,
         rectify: SelfRectifying | None = None,
         on_event: Callable[[Event], None] | None = None,
+        agree: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.structures = structures
         self.smooth = smooth
@@ -124,6 +127,7 @@ class Engine:
         self._optimizer = optimizer
         self._parameters = parameters
         self._on_event = on_event
+        self._agree = agree or (lambda figures: figures)
         self._fading: Fading | None = None
         self._holding: SliceBatch | None = None
         self._picks_made = 0
@@ -138,6 +142,7 @@ class Engine:
         self._numbers = Numbers(structures)
         self._watch = None if rectify is None else Watch(rectify)
         self._exchange: Exchange | None = None
+        self._weighed: Callable[[], Exchange] | None = None  # the exchange with the gradients of this step
 
     # -- the optimizer's hooks -------------------------------------------------------------------------------
 
@@ -173,9 +178,16 @@ class Engine:
         # nothing will move; it then carries `found_inf`, and gradients are still scaled.
         found_inf = getattr(self._optimizer, "found_inf", None)
         self._ready = found_inf is None or not bool(found_inf.item())
+        self._ready = self._ready and not self._only_for_state()
         if self._ready:
             self._whole(self._before_step)
             self.tell()
+
+    def _only_for_state(self) -> bool:
+        """A step of learning rate 0 on gradients of 0: `torch.distributed.checkpoint` makes one to have a state."""
+        if not all(_is_zero(group.get("lr")) for group in self._optimizer.param_groups):
+            return False
+        return shards.are_zero({name: p.grad for name, p in self._parameters().items()}, self._parameters())
 
     def _before_step(self) -> None:
         scale = getattr(self._optimizer, "grad_scale", None)
@@ -202,6 +214,8 @@ class Engine:
         reading = None
         if self._fading is not None and self._watch is not None:
             self._fading, reading = self._watch.after(self._fading, self._parameters())
+            if self._weighed is not None:
+                self._exchange, self._weighed = self._weighed(), None
         batch = self._fading.batch if self._fading is not None else None
         if self._driver is not None and self._driver.moved():
             reading = None
@@ -235,7 +249,7 @@ class Engine:
     def book(self) -> dict[str, Any]:
         """The book-keeping as it is, for `restore`."""
         names = ("structures", "step", "counts", "held", "_fading", "_holding", "_picks_made", "_pick_sizes",
-                 "_free_again", "_on_the_way", "_untold", "_exchange")  # fmt: skip
+                 "_free_again", "_on_the_way", "_untold", "_exchange", "_weighed")  # fmt: skip
         kinds = (dict, list, Counts)
         return {n: copy.copy(v) if isinstance(v := getattr(self, n), kinds) else v for n in names}
 
@@ -279,7 +293,7 @@ class Engine:
         if not picks:
             return
         new = self._batch(picks)
-        norms = new.norms(self._parameters())
+        norms = self._agree(new.norms(self._parameters()))
         figures = len(self._figures)
         fresh = Fading.of_pick(new, norms, self.step, steps, figures, rectified and steps > 1)
         self.counts.picked += new.slots
@@ -308,7 +322,7 @@ class Engine:
     def let_go(self) -> None:
         """End everything: what decays stays as it is, and what is held at zero is free to grow again."""
         self.held, self._holding, self._fading, self._pick_sizes = {}, None, None, {}
-        self._on_the_way = self._exchange = None
+        self._on_the_way = self._exchange = self._weighed = None
 
     def fade_out(self) -> None:
         """End every decay at once: what decays is set to zero and held."""
@@ -424,7 +438,7 @@ class Engine:
     def _saved_weights(self) -> dict[str, Any] | None:
         """The decaying weights as they were left, where the next step is measured from them."""
         kept = self._watch and self._fading and self._watch.kept_of(self._fading.batch)
-        if not kept:
+        if not kept or self._fading is None or not self._fading.batch.whole:
             return None
         copies = [None if v is None else v.cpu().clone() for v in (kept.flat, *kept.blocks)]
         return {"flat": copies[0], "blocks": copies[1:]}
@@ -443,6 +457,8 @@ class Engine:
         left = [self.smooth.left(self.step - begun, steps) for begun, steps in cohorts]
         per_slot = torch.tensor(left, dtype=batch.dtype)[number].to(batch.device)
         reading = batch.read(parameters) if reading is None else reading
+        if any(self.step - begun in (1, steps) for begun, steps in cohorts):
+            reading = reading._replace(norms=self._agree(reading.norms))
         shrink = factors(batch, reading.norms, fading.start, per_slot, self.smooth)
         if bool(released.any()):
             shrink = torch.where(released.to(batch.device)[batch.slice_slot], 1.0, shrink)
@@ -468,7 +484,7 @@ class Engine:
         candidates = judged[number] & fading.rectified & fading.seen.gt(0)
         if not bool(candidates.any()):
             return nothing
-        strength = self.rectify.strength(self._watch.averages(fading)).cpu()
+        strength = self._agree(self.rectify.strength(self._watch.averages(fading))).cpu()
         candidates &= strength.gt(-torch.inf)
         if self.rectify.exchanges:
             candidates = self._exchanged(fading, candidates, strength)
@@ -476,6 +492,7 @@ class Engine:
 
     def _compare(self, fading: Fading, watch: Watch, scale: Tensor | None) -> None:
         """Weigh what the host would take in place of what decays, while a verdict on that is coming."""
+        self._weighed = None
         watched = watch.wants(fading, self.step)
         if watched is None or self._driver is None or not bool((watched & fading.rectified).any()):
             self._exchange = None
@@ -484,7 +501,7 @@ class Engine:
         if self._exchange is None or self._exchange.structures is not self.structures:
             offer = self._driver.replacements()
             self._exchange = Exchange.of(self.structures, offer, parameters, self.smooth.roles)
-        self._exchange = self._exchange.read(parameters, scale)
+        self._weighed = self._exchange.later(parameters, scale)
 
     def _exchanged(self, fading: Fading, candidates: Tensor, worth: Tensor) -> Tensor:
         """Those of the candidates that are worth more than what would go in their place."""
@@ -531,7 +548,7 @@ class Engine:
     # -- helpers ---------------------------------------------------------------------------------------------
 
     def _batch(self, picks: Picks, roles: Iterable[Role] | None = None) -> SliceBatch:
-        return SliceBatch(
+        return shards.batch(
             self.structures, picks, self._parameters(), self.smooth.roles if roles is None else roles
         )
 
@@ -565,3 +582,10 @@ class Engine:
             )
             logger.info("step %d: %s %d of %s: %s", event.step, kind, len(mine), group, event.indices)
             self._untold.append(event)
+
+
+def _is_zero(rate: Any) -> bool:
+    """Whether a learning rate is zero, as far as that can be seen without waiting for a device."""
+    if isinstance(rate, Tensor):
+        return rate.device.type == "cpu" and not bool(rate.any())
+    return isinstance(rate, int | float) and rate == 0

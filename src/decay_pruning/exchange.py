@@ -9,7 +9,7 @@ network that still has most of what decays, and will have to carry more: hence a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from decay_pruning import shards
 from decay_pruning.errors import ConfigError
 from decay_pruning.fading import Key, as_keys
 from decay_pruning.slices import SliceBatch
@@ -70,7 +71,7 @@ class Exchange:
             for name, ids in part.items():
                 picks.setdefault(name, []).extend(ids)
         picks = {name: sorted(ids) for name, ids in picks.items() if ids}
-        batch = SliceBatch(structures, picks, parameters, roles) if picks else None
+        batch = shards.batch(structures, picks, parameters, roles) if picks else None
         worth = (
             torch.zeros(0)
             if batch is None
@@ -80,15 +81,23 @@ class Exchange:
 
     def read(self, parameters: Mapping[str, Tensor], scale: Tensor | None) -> Exchange:
         """With the gradients of this step, which are `scale` times too large."""
-        if self.batch is None:
-            return self
+        return self.later(parameters, scale)()
+
+    def later(self, parameters: Mapping[str, Tensor], scale: Tensor | None) -> Callable[[], Exchange]:
+        """`read` with the gradients as they are now, when it is asked for."""
+        batch = self.batch
+        if batch is None:
+            return lambda: self
         gradients = {name: p.grad for name, p in parameters.items()}
-        _, products, _ = self.batch.moments(parameters, gradients)
-        if scale is not None:
-            products = products / scale
-        now = self.batch.per_slot(products).square()
-        seen = self.seen + 1
-        return replace(self, worth=self.worth + (now - self.worth) / seen, seen=seen)
+        moments = batch.moments_later(parameters, gradients)
+
+        def found() -> Exchange:
+            _, products, _ = moments()
+            now = batch.per_slot(products if scale is None else products / scale).square()
+            seen = self.seen + 1
+            return replace(self, worth=self.worth + (now - self.worth) / seen, seen=seen)
+
+        return found
 
     def releases(
         self, keys: Sequence[Key], worth: Sequence[float], fading: Mapping[str, Tensor], margin: float = 1.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -118,6 +118,14 @@ class Lengths:
     @torch.no_grad()
     def __call__(self, tensors: Mapping[str, Tensor | None]) -> Tensor:
         """L2 norm of every structure, shape (rows,): layer group by layer group. An absent tensor counts as zero."""
+        return self._squares(tensors).clamp_min_(0).sqrt_()
+
+    def later(self, tensors: Mapping[str, Tensor | None]) -> Callable[[], Tensor]:
+        """The norms as the tensors are now, when they are asked for: what is sharded is added up then."""
+        found = self(tensors)
+        return lambda: found
+
+    def _squares(self, tensors: Mapping[str, Tensor | None]) -> Tensor:
         parts: list[Tensor] = []
         for stack in self._stacks:
             given = [dense(tensors.get(name)) for name in stack.names]
@@ -129,7 +137,7 @@ class Lengths:
             parts += [each.to(self.device, self.dtype) for each in found]
         if not parts:
             return torch.zeros(self.rows, dtype=self.dtype, device=self.device)
-        return self._sums(torch.cat(parts)).clamp_min_(0).sqrt_()
+        return self._sums(torch.cat(parts))
 
 
 def _norm(tensor: Tensor, dims: Sequence[int]) -> Tensor:

@@ -182,22 +182,21 @@ def check(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
     """Refuse, before anything is touched, what could not be cut in the end.
 
     Raises:
-        ConfigError: the parameters are sharded or flattened, the optimizer trains none of them, or it is of a kind of
+        ConfigError: a part of the model is wrapped, the optimizer trains none of them, or it is of a kind of
             which the state cannot be cut.
     """
     for name, module in model.named_modules():
         kind = type(module).__name__
-        if kind in ("FullyShardedDataParallel", "DistributedDataParallel", "DataParallel", "OptimizedModule"):
+        if kind == "FullyShardedDataParallel":
+            raise ConfigError(
+                "FullyShardedDataParallel flattens its parameters, which cannot be cut: shard the model by fully_shard "
+                "(FSDP2) before the pruner is built"
+            )
+        if kind in ("DistributedDataParallel", "DataParallel", "OptimizedModule"):
             where = "the model" if not name else f"{name!r}"
             raise ConfigError(
                 f"{where} is wrapped in {kind}, inside of the model: build the pruner from the plain model, and wrap "
                 "the whole of it"
-            )
-    for name, p in model.named_parameters():
-        if hasattr(p, "full_tensor"):
-            raise ConfigError(
-                f"{name!r} is a distributed tensor (DTensor), and sharded parameters are not supported yet: prune "
-                "before the model is sharded, or use replicated data parallelism"
             )
     optimizers = list(optimizers)
     for optimizer in optimizers:

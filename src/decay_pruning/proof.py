@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -44,13 +45,25 @@ WAY_OUT = (
 
 def call(model: nn.Module, example_inputs: Any, shapes: Shapes | None = None) -> Any:
     """`model(x)` for a tensor, `model(*x)` for a tuple or list, `model(**x)` for a mapping."""
-    with beside(model, shapes) as as_input:
+    with beside(model, shapes) as as_input, _alone():
         given = example_inputs if as_input is None else mapped(example_inputs, as_input)
         if isinstance(given, Mapping):
             return model(**given)
         if isinstance(given, tuple | list):
             return model(*given)
         return model(given)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Synchronised batch-norms normalise over the batch at hand: other processes may be elsewhere."""
+    synchronised: Any = nn.SyncBatchNorm
+    before = synchronised.forward
+    synchronised.forward = _BatchNorm.forward
+    try:
+        yield
+    finally:
+        synchronised.forward = before
 
 
 def leaves(output: Any) -> Iterator[Tensor]:
@@ -113,6 +126,11 @@ Where = tuple[torch.device, torch.dtype] | None
 def place_of(model: nn.Module) -> Where:
     """Where the first floating parameter of a model is, and its dtype."""
     return next(((p.device, p.dtype) for p in model.parameters() if p.is_floating_point()), None)
+
+
+def device_of(example_inputs: Any) -> torch.device:
+    """Where the first tensor of inputs is."""
+    return next((leaf.device for leaf in leaves(example_inputs)), torch.device("cpu"))
 
 
 def follow(example_inputs: Any, before: Where, now: Where) -> Any:

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from decay_pruning import copies, optimizers, proof, surgery
+from decay_pruning import copies, optimizers, processes, proof, shards, surgery
 from decay_pruning.budget import Cost, CostModel, Target, as_target
 from decay_pruning.checks import Count, Whole, as_inputs, checked
 from decay_pruning.decay import SmoothPruning
 from decay_pruning.engine import Engine, Event
-from decay_pruning.errors import BudgetError, ConfigError, DecayPruningError
+from decay_pruning.errors import BudgetError, ConfigError, DecayPruningError, SurgeryError
 from decay_pruning.exchange import Replacements
 from decay_pruning.fading import Key, as_keys
 from decay_pruning.hosts import Goal, Host, Phase, Picker, Scene, as_host
@@ -70,10 +70,15 @@ class Pruner:
         start: optimizer steps before the first pick (for sparse learning).
         removal: "at once" cuts what has come to the end of its decay in that very step; "at finish" holds it at zero,
             and `finish()` cuts everything in one go: no shape changes while training goes on. None for "at finish"
-            where the model is wrapped, and "at once" otherwise.
+            where the model is wrapped or sharded, and "at once" otherwise.
         also: copies of the model that are cut along with it: averages of the weights, momentum encoders. torch's own
             `AveragedModel` need not be named; it follows when it is updated next.
         on_event: called with every `Event`.
+        group: the processes that train this model together, as a torch process group; None for all that there are.
+            Each of them builds the pruner.
+
+    A model that is sharded (`fully_shard`) is pruned through a plain copy, `pruner.model`, which every process keeps on
+    the device of the example inputs; `finish()` fills it and cuts it.
 
     Raises:
         ConfigError: settings that contradict each other.
@@ -96,8 +101,9 @@ class Pruner:
         removal: Removal | None = None,
         also: Sequence[Any] = (),
         on_event: Callable[[Event], None] | None = None,
+        group: Any = None,
     ) -> None:
-        self.model = unwrapped(checked(model, nn.Module, "model"))
+        trained = self.model = unwrapped(checked(model, nn.Module, "model"))
         self.target = as_target(target)
         self.host = as_host(host)
         self.smooth: SmoothPruning = checked(smooth, _Smooth, "smooth") or SmoothPruning()
@@ -106,22 +112,28 @@ class Pruner:
         self.total_steps: int | None = checked(total_steps, Whole | None, "total_steps")
         wrapper = None if self.model is model else type(model).__name__
         removal = checked(removal, Removal | None, "removal")
-        self.removal: Removal = removal or ("at finish" if wrapper else "at once")
+        self._shards = shards.shards_of(trained)
+        self.removal: Removal = removal or ("at finish" if wrapper or self._shards is not None else "at once")
         if self.removal == "at once" and wrapper not in (None, "OptimizedModule"):
             raise ConfigError(
                 f"the model is wrapped in {wrapper}, which keeps the shapes of its parameters: removal='at once' would "
                 "need a new wrapper after each removal; leave it out, or give the plain model and wrap it afterwards"
             )
-        model = self.model
         on_event, example_inputs = checked(on_event, _OnEvent, "on_event"), as_inputs(example_inputs)
         self.example_inputs = example_inputs
+        self._ranks = processes.Ranks.of(model, group)
+        if self._shards is not None:
+            self._shards.check_use(self.removal, self.host, also)
+            self.model = shards.plain(trained, proof.device_of(example_inputs))
+            self._ranks = processes.Ranks(self._shards.groups, self._shards.mesh.device_type)
+        model = self.model
         chains = [optimizers.chain(each) for each in optimizers.given(optimizer)]
         self._chain = [each for chain in chains for each in chain]
         self._place = proof.place_of(model)
         self._optimizer = chains[0][-1]
-        self._parameters = dict(model.named_parameters())
+        self._parameters = dict(trained.named_parameters()) if self._shards is None else self._shards
         self._check(model)
-        optimizers.check(self._chain, model)
+        optimizers.check(self._chain, trained)
         optimizers.check_free(self._parameters.values())
         self._also = copies.given(checked(also, _Also, "also"), model)
 
@@ -129,8 +141,17 @@ class Pruner:
         self.original: StructureSet = self.graph.structures
         self._costs = CostModel(model, example_inputs, self.original)
         self.before: Cost = self._costs.now
+        self._ranks.check(self.original, self.before, self.target, self.start, self.total_steps)
+        if self._shards is not None:
+            self._shards.check(self.original)
         self.engine = Engine(
-            self.original, lambda: self._parameters, self._optimizer, self.smooth, rectify, on_event
+            self.original,
+            lambda: self._parameters,
+            self._optimizer,
+            self.smooth,
+            rectify,
+            on_event,
+            self._ranks.alike if self._shards is None else None,
         )
         self._picker = self.host.begin()
         self._picker.check(self._scene(), self._goal(1.0))
@@ -148,7 +169,7 @@ class Pruner:
         self.engine.attach(self)
         self._others = optimizers.Others(self._chain, self._optimizer, self._touched(), self.engine.keep_zero)
         optimizers.claim(self._touched().values(), self)
-        self._links = optimizers.links(model, self._touched())
+        self._links = optimizers.links(trained, self._touched())
 
     # -- for the user ----------------------------------------------------------------------------------------
 
@@ -191,7 +212,8 @@ class Pruner:
 
     def plan(self) -> Plan:
         """What the host would pick for the whole target now; nothing is touched."""
-        picks = self._picker.pick(self._scene(), self._goal(1.0))
+        self._gather()
+        picks = self._ranks.first(self._picker.pick(self._scene(), self._goal(1.0)))
         by = f"by {type(self.host).__name__}"
         return Plan.of(self.structures, picks, self._costs, verified=self.graph.verified, picked=by)
 
@@ -323,6 +345,8 @@ class Pruner:
             raise
 
     def _load(self, state: Mapping[str, Any]) -> None:
+        if state["removed"] and self._shards is not None:
+            raise ConfigError("its structures are removed, and the model is sharded at their width")
         if state["removed"]:
             surgery.check_picks(self.original, state["removed"])
             kept = self.original.kept(state["removed"])
@@ -390,6 +414,7 @@ class Pruner:
 
     def replacements(self) -> Replacements:
         """What the host would pick next, for a goal that is closer and closer."""
+        self._gather()
         scene, left = self._scene(), getattr(self._cost_left(), self.target.of)
         fading, parts = scene.fading(), list[Picks]()
         with torch.random.fork_rng(devices=[]):  # an importance can be random: training must not notice
@@ -399,6 +424,7 @@ class Pruner:
                 except BudgetError:
                     break
                 parts.append(_less(picks, {key for part in parts for key in as_keys(part)}))
+        parts = self._ranks.first(parts)
         return Replacements(parts, {name: self._costs.price(name, self.target.of, fading) for name in fading})
 
     def snapshot(self) -> Callable[[], None]:
@@ -456,12 +482,19 @@ class Pruner:
 
     def _ask(self, ask: Callable[[Scene, Goal], Picks], goal: Goal) -> Picks:
         """Ask the host for picks; where there are none but structures that cool down, these are eligible again."""
+        self._gather()
         try:
-            return ask(self._scene(), goal)
+            picks = ask(self._scene(), goal)
         except BudgetError:
             if not self.engine.end_cooldown():
                 raise
-            return ask(self._scene(), goal)
+            picks = ask(self._scene(), goal)
+        return self._ranks.first(picks)
+
+    def _gather(self) -> None:
+        """The plain copy of a sharded model as the model is by now."""
+        if self._shards is not None:
+            self._shards.fill(self.model)
 
     def _choose(self, goal: Goal) -> Picks:
         picks = self._ask(self._picker.pick, goal)
@@ -487,19 +520,34 @@ class Pruner:
                 )
 
     def _remove(self) -> None:
-        left = surgery.remove(
-            self.model,
-            self.structures,
-            self.engine.held,
-            example_inputs=self._inputs(),
-            optimizer=self._chain,
-        )
+        self._gather()
+        left = self._cut()
         for each in self._also:
             copies.prune_like(each, self.model)
         copies.let_averages_follow(self.model)
         self.engine.removed(left)
         self._costs = CostModel(self.model, self._inputs(), left)
         self._finished_at = self.engine.step
+
+    def _cut(self) -> StructureSet:
+        """Cut what is held, in all processes or in none."""
+        still = surgery.Still([self.model], self._chain) if self._ranks.several else None
+        left, problem = self.structures, None
+        try:
+            left = surgery.remove(
+                self.model, left, self.engine.held, example_inputs=self._inputs(), optimizer=self._chain
+            )
+        except SurgeryError as error:
+            problem = error
+        if still is not None:
+            processes.outdate(self.model)
+            there = next((each for each in self._ranks.every(problem) if each is not None), None)
+            if there is not None and problem is None:
+                still.put_back()
+            problem = problem or there
+        if problem is not None:
+            raise problem
+        return left
 
     def _inputs(self) -> Any:
         """The example inputs, where and in which dtype the model is by now."""
@@ -516,14 +564,15 @@ class Pruner:
 
     def _remove_the_rest(self) -> None:
         self.engine.fade_out()
-        if self.engine.held:
+        if self.engine.held and self.removal == "at once":
             self._remove()
         for _ in range(_EXTRA_ROUNDS):
             if self.done:
                 return
             self.engine.pick(self._choose(self._goal(1.0)), 1, rectified=False)
             self.engine.fade_out()
-            self._remove()
+            if self.removal == "at once":
+                self._remove()
 
     def _steps(self) -> int:
         """N of the next decay."""
@@ -548,7 +597,7 @@ class Pruner:
             optimizer=self._optimizer,
             graph=self.graph,
             structures=self.structures,
-            parameters=self._parameters,
+            parameters=self._parameters if self._shards is None else dict(self.model.named_parameters()),
             costs=self._costs,
             step=self.engine.step,
             start=self.start,
@@ -575,7 +624,8 @@ class Pruner:
 
     def _check_state(self) -> None:
         """Optimizer state that cannot be cut is said before anything fades."""
-        optimizers.check_state(self._chain, self._touched())
+        if self._shards is None:  # of shards nothing is cut
+            optimizers.check_state(self._chain, self._touched())
 
     def _check_parameters(self) -> None:
         """The model still has the parameters that the pruner was built with."""

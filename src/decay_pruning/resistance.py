@@ -20,13 +20,13 @@ The first two are the paper's (arXiv 2406.03879) as far as it is known; their no
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from decay_pruning.lengths import Lengths
+from decay_pruning import shards
 from decay_pruning.slices import SliceBatch, Sums
 from decay_pruning.structures import Role, StructureSet
 
@@ -116,7 +116,7 @@ class Parallel:
         roles: frozenset[Role],
     ) -> None:
         names = list(dict.fromkeys(name for name, _ in batch.keys))
-        self._lengths = Lengths(structures, names, tensors, roles)
+        self._lengths = shards.lengths(structures, names, tensors, roles)
         live = [torch.where(fading[name], -1, number) for number, name in enumerate(names)]
         segment = torch.cat(live)
         self._sums = Sums(segment, len(names), self._lengths.device)
@@ -134,9 +134,18 @@ class Parallel:
 
     def c_len(self, gradients: Mapping[str, Tensor | None]) -> Tensor:
         """Shape (slots,). The gradients' common scale does not matter."""
-        lengths = self._lengths(gradients)
-        mean = _ratio(self._sums(lengths), self._counts)
-        return _ratio(lengths[self._rows], mean[self._group])
+        return self.later(gradients)()
+
+    def later(self, gradients: Mapping[str, Tensor | None]) -> Callable[[], Tensor]:
+        """C_len of the gradients as they are now, when it is asked for."""
+        measured = self._lengths.later(gradients)
+
+        def found() -> Tensor:
+            lengths = measured()
+            mean = _ratio(self._sums(lengths), self._counts)
+            return _ratio(lengths[self._rows], mean[self._group])
+
+        return found
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:

@@ -270,6 +270,68 @@ class _Block:
         tensor.index_fill_(self.dim, self._index, 0.0)
 
 
+@dataclass(frozen=True)
+class Layout:
+    """The slices of chosen structures, and the order in which they are numbered.
+
+    Attributes:
+        keys: (layer group, original index) of each slot.
+        small, large: what is chosen at each place, of small tensors and of large ones.
+        places: all of these places, in that order.
+        members: at each place, the slots that have a slice there.
+        slice_slot: shape (slices,), on the CPU: the slot of each slice.
+        slice_place: shape (slices,), on the CPU: the place of each slice, as an index into `places`.
+    """
+
+    keys: list[tuple[str, int]]
+    small: list[_Chosen]
+    large: list[_Chosen]
+    places: list[Place]
+    members: list[Tensor]
+    slice_slot: Tensor
+    slice_place: Tensor
+
+    @classmethod
+    def of(
+        cls, structures: StructureSet, picks: Picks, tensors: Mapping[str, Tensor], roles: Iterable[Role]
+    ) -> Layout:
+        """Of tensors only their shapes, dtypes and devices are looked at."""
+        wanted = frozenset(roles)
+        keys: list[tuple[str, int]] = []
+        found: dict[Place, list[tuple[Tensor, Tensor]]] = {}
+        for name, ids in picks.items():
+            group = structures.groups[name]
+            rows = group.rows(ids)
+            slot = torch.full((len(group),), -1, dtype=torch.int64)
+            slot[rows] = torch.arange(rows.numel()) + len(keys)
+            keys += [(name, int(i)) for i in group.ids[rows]]
+            for c in taking_part(group, tensors, wanted):
+                mine = slot[c.owner]
+                chosen = mine >= 0
+                if bool(chosen.any()):
+                    found.setdefault(c.place, []).append((c.position[chosen], mine[chosen]))
+        of_tensor: dict[str, dict[int, list[tuple[Tensor, Tensor]]]] = {}
+        for (name, dim), parts in found.items():
+            of_tensor.setdefault(name, {})[dim] = parts
+        every = [_merge(place, of_tensor[place[0]], tensors) for place in found]
+        small = [each for each in every if _is_small(tensors[each.tensor])]
+        small.sort(key=lambda each: (len(each.lower), each.tensor, each.dim))
+        large = [each for each in every if not _is_small(tensors[each.tensor])]
+        large.sort(key=lambda each: (each.tensor, each.dim))
+        ordered = [*small, *large]
+        members = [torch.unique(each.slot) for each in ordered]
+        none = torch.zeros(0, dtype=torch.int64)
+        return cls(
+            keys=keys,
+            small=small,
+            large=large,
+            places=[(each.tensor, each.dim) for each in ordered],
+            members=members,
+            slice_slot=torch.cat([none, *members]),
+            slice_place=torch.cat([none, *(torch.full_like(m, i) for i, m in enumerate(members))]),
+        )
+
+
 class SliceBatch:
     """Chosen structures as index maps, worked out once, and batched arithmetic over their slices.
 
@@ -288,46 +350,16 @@ class SliceBatch:
         roles: the roles that take part. A layer group that has none of them takes part with all its parameters.
     """
 
+    #: Whether its values are those of the whole tensors, and so the same in every process.
+    whole = True
+
     def __init__(
         self, structures: StructureSet, picks: Picks, tensors: Mapping[str, Tensor], roles: Iterable[Role]
     ) -> None:
-        wanted = frozenset(roles)
-        self.keys: list[tuple[str, int]] = []  #: (layer group, original index) of each slot
-        found: dict[Place, list[tuple[Tensor, Tensor]]] = {}
-        for name, ids in picks.items():
-            group = structures.groups[name]
-            rows = group.rows(ids)
-            slot = torch.full((len(group),), -1, dtype=torch.int64)
-            slot[rows] = torch.arange(rows.numel()) + len(self.keys)
-            self.keys += [(name, int(i)) for i in group.ids[rows]]
-            for c in taking_part(group, tensors, wanted):
-                mine = slot[c.owner]
-                chosen = mine >= 0
-                if bool(chosen.any()):
-                    found.setdefault(c.place, []).append((c.position[chosen], mine[chosen]))
-        self.slots = len(self.keys)
-
-        of_tensor: dict[str, dict[int, list[tuple[Tensor, Tensor]]]] = {}
-        for (name, dim), parts in found.items():
-            of_tensor.setdefault(name, {})[dim] = parts
-        every = [_merge(place, of_tensor[place[0]], tensors) for place in found]
-        small = [each for each in every if _is_small(tensors[each.tensor])]
-        small.sort(key=lambda each: (len(each.lower), each.tensor, each.dim))
-        large = [each for each in every if not _is_small(tensors[each.tensor])]
-        large.sort(key=lambda each: (each.tensor, each.dim))
-        ordered = [*small, *large]
-        self.places: list[Place] = [(each.tensor, each.dim) for each in ordered]
-        self.device = tensors[ordered[0].tensor].device if ordered else torch.device("cpu")
-        double = any(tensors[each.tensor].dtype == torch.float64 for each in ordered)
-        self.dtype = torch.float64 if double else torch.float32
-
-        members = [torch.unique(each.slot) for each in ordered]
-        self.slices = sum(m.numel() for m in members)
+        layout = Layout.of(structures, picks, tensors, roles)
+        self._follow(layout, tensors)
+        small, large, members = layout.small, layout.large, layout.members
         none = torch.zeros(0, dtype=torch.int64)
-        slice_slot = torch.cat([none, *members])
-        self.slice_slot = slice_slot.to(self.device)  #: (slices,)
-        numbers = [torch.full_like(m, i) for i, m in enumerate(members)]
-        self.slice_place = torch.cat([none, *numbers]).to(self.device)  #: (slices,), index into `places`
         self._flat = _Flat(small, tensors, self.device) if small else None
         self._blocks = [_Block(each, tensors[each.tensor].device) for each in large]
         # positions of the blocks → slices, numbered after those of the flat part
@@ -339,7 +371,17 @@ class SliceBatch:
         self._position_slice = (position_slice + self.slices - count).to(self.device)
         self._position_counts = [each.position.numel() for each in large]
         self._block_sums = Sums(position_slice, count, self.device)
-        self._slot_sums = Sums(slice_slot, self.slots, self.device)
+
+    def _follow(self, layout: Layout, tensors: Mapping[str, Tensor]) -> None:
+        """Number slots and slices as the layout has them."""
+        self.keys, self.places = layout.keys, layout.places
+        self.slots, self.slices = len(layout.keys), layout.slice_slot.numel()
+        self.device = tensors[self.places[0][0]].device if self.places else torch.device("cpu")
+        double = any(tensors[name].dtype == torch.float64 for name, _ in self.places)
+        self.dtype = torch.float64 if double else torch.float32
+        self.slice_slot = layout.slice_slot.to(self.device)  #: (slices,)
+        self.slice_place = layout.slice_place.to(self.device)  #: (slices,), index into `places`
+        self._slot_sums = Sums(layout.slice_slot, self.slots, self.device)
 
     # -- measuring -------------------------------------------------------------------------------------------
 
@@ -367,6 +409,13 @@ class SliceBatch:
     @torch.no_grad()
     def read(self, tensors: Mapping[str, Tensor], since: Values | None = None) -> Reading:
         """Norms of every slice, and what has changed `since` earlier values of this batch."""
+        (squares, *rest), flat = self._squares(tensors, since)
+        return Reading(squares.sqrt_(), flat, *(rest if since is not None else ()))
+
+    def _squares(
+        self, tensors: Mapping[str, Tensor], since: Values | None
+    ) -> tuple[list[Tensor], _Joined | None]:
+        """What `read` finds, the norms squared."""
         parts, flat = [], None
         if self._flat is not None:
             flat = self._flat.read(tensors, self.dtype)
@@ -388,8 +437,7 @@ class SliceBatch:
         if not parts:
             nothing = torch.zeros(0, dtype=self.dtype, device=self.device)
             parts = [[nothing, nothing, nothing]]
-        squares, *rest = (torch.cat(each) for each in zip(*parts, strict=True))
-        return Reading(squares.sqrt_(), flat, *(rest if since is not None else ()))
+        return [torch.cat(each) for each in zip(*parts, strict=True)], flat
 
     @torch.no_grad()
     def moments(
@@ -418,6 +466,13 @@ class SliceBatch:
             return nothing, nothing, nothing
         aa, ab, bb = (torch.cat(part) for part in zip(*parts, strict=True))
         return aa, ab, bb
+
+    def moments_later(
+        self, tensors: Mapping[str, Tensor], others: Mapping[str, Tensor | None]
+    ) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
+        """`moments` as the tensors are now, when they are asked for: what is sharded is added up then."""
+        found = self.moments(tensors, others)
+        return lambda: found
 
     def per_slot(self, values: Tensor) -> Tensor:
         """Sum over the slices of each structure: (slices,) → (slots,)."""

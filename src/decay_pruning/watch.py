@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -39,7 +39,7 @@ class Watch:
         self.kept: Values | None = None
         self._kept_of: SliceBatch | None = None
         self._parallel: tuple[SliceBatch, Parallel] | None = None
-        self._now: tuple[Tensor, dict[str, Tensor]] | None = None
+        self._now: tuple[Tensor, list[Callable[[], Mapping[str, Tensor]]]] | None = None
 
     def keep(self, batch: SliceBatch, values: Values | None) -> None:
         """Remember the weights that the next step starts from."""
@@ -81,24 +81,19 @@ class Watch:
             return
         batch, sources = fading.batch, self._rectify.sources
         gradients = {name: p.grad for name, p in network.parameters.items()}
-        found: dict[str, Tensor] = {}
+        found: list[Callable[[], Mapping[str, Tensor]]] = []
         if "gradient" in sources:
-            ww, wg, gg = batch.moments(network.parameters, gradients)
-            if scale is not None:
-                wg, gg = wg / scale, gg / scale**2
-            found |= of_gradient(
-                batch.per_slot(ww),
-                batch.per_slot(wg),
-                batch.per_slot(gg),
-                batch.per_slot(wg * _learning_rates(batch, network)),
-                joint(batch, fading.start),
-                fading.steps.to(batch.device),
+            moments, rates = (
+                batch.moments_later(network.parameters, gradients),
+                _learning_rates(batch, network),
             )
+            found.append(lambda: _of_gradient(fading, moments(), rates, scale))
         if "group" in sources:
             if self._parallel is None or self._parallel[0] is not batch:
                 parallel = Parallel(network.structures, batch, gone, network.parameters, network.roles)
                 self._parallel = batch, parallel
-            found["c_len"] = self._parallel[1].c_len(gradients)
+            c_len = self._parallel[1].later(gradients)
+            found.append(lambda: {"c_len": c_len()})
         if "step" in sources and self.kept_of(batch) is None:
             self.keep(batch, batch.values(network.parameters))
         self._now = wanted, found
@@ -111,11 +106,13 @@ class Watch:
         """
         if self._now is None:
             return fading, None
-        (wanted, found), self._now = self._now, None
-        batch, reading = fading.batch, None
-        if "step" in self._rectify.sources:
-            reading = batch.read(parameters, since=self.kept_of(batch))
-            assert reading.grown is not None and reading.moved is not None
+        (wanted, earlier), self._now = self._now, None
+        batch, reading, stepped = fading.batch, None, "step" in self._rectify.sources
+        if stepped or not batch.whole:  # of shards, all is added up at once
+            reading = batch.read(parameters, since=self.kept_of(batch) if stepped else None)
+        found = {name: figure for figures in earlier for name, figure in figures().items()}
+        if stepped:
+            assert reading is not None and reading.grown is not None and reading.moved is not None
             found["c_rate"] = c_rate(
                 joint(batch, reading.norms),
                 batch.per_slot(reading.grown),
@@ -142,6 +139,22 @@ class Watch:
             (fading.batch.slots,), torch.nan, dtype=fading.mean.dtype, device=fading.mean.device
         )
         return Resistance(*(rows.get(name, none) for name in Resistance._fields))
+
+
+def _of_gradient(
+    fading: Fading, moments: tuple[Tensor, Tensor, Tensor], rates: Tensor | float, scale: Tensor | None
+) -> Mapping[str, Tensor]:
+    batch, (ww, wg, gg) = fading.batch, moments
+    if scale is not None:
+        wg, gg = wg / scale, gg / scale**2
+    return of_gradient(
+        batch.per_slot(ww),
+        batch.per_slot(wg),
+        batch.per_slot(gg),
+        batch.per_slot(wg * rates),
+        joint(batch, fading.start),
+        fading.steps.to(batch.device),
+    )
 
 
 def _learning_rates(batch: SliceBatch, network: Network) -> Tensor | float:
