@@ -174,6 +174,7 @@ class Pruner:
             held=_count(self.engine.held),
             released=self.engine.counts.released,
             removed=self.engine.counts.removed,
+            macs_left=self._cost_left().macs,
         )
 
     def norms(self) -> dict[str, float]:
