@@ -18,6 +18,7 @@ from decay_pruning.errors import ConfigError
 from decay_pruning.graph import Graph
 from decay_pruning.hosts import importance as importances
 from decay_pruning.hosts.activations import Activations
+from decay_pruning.hosts import uniform
 from decay_pruning.hosts.base import Goal, Ignored, Picker, Scene
 from decay_pruning.hosts.importance import NORMALIZERS, Normalizer, Reduction
 from decay_pruning.hosts.ranking import MinKept, Per, Scope, choose
@@ -78,6 +79,9 @@ class DepGraph:
         round_to: what stays of each layer group is a multiple of this, rounded up.
         rounds: in how many equal parts of the way the target is approached.
         interval: optimizer steps of plain training between two rounds.
+        uniform: layer groups of the same kind in all layers (FFN, heads, KV groups) lose the same number, so that one
+            config describes the result; what no config can name keeps its width. Kinds are what the numbers of the
+            model's config name (Transformers); elsewhere, layers whose names differ by their number alone.
         sparse: group regulariser on all structures until the first pick (give the pruner a `start`).
 
     Raises:
@@ -96,6 +100,7 @@ class DepGraph:
     round_to: Whole = 1
     rounds: Whole = 1
     interval: Count = 0
+    uniform: bool = False
     sparse: SparseLearning | None = None
 
     def __post_init__(self) -> None:
@@ -143,6 +148,7 @@ class _Ranking(Picker):
         self._host = host
         self._regulariser = GroupRegulariser(host.sparse) if host.sparse is not None else None
         self._activations = Activations() if host.importance == "activation" else None
+        self._kinds: Mapping[str, str] | None = None
 
     def attach(self, scene: Scene) -> None:
         if self._activations is not None:
@@ -156,7 +162,12 @@ class _Ranking(Picker):
         if self._activations is not None:
             self._activations.active = scene.step < scene.start or scene.wanting()
 
+    def settled(self, scene: Scene) -> bool:
+        return self._kinds is None or uniform.even(self._kinds, scene.structures, scene.fading())
+
     def check(self, scene: Scene, goal: Goal) -> None:
+        if self._host.uniform:
+            self._kinds = uniform.kinds(scene.model, scene.structures)
         self._choose(
             scene, {name: torch.zeros(len(group)) for name, group in scene.structures.groups.items()}, goal
         )
@@ -186,6 +197,7 @@ class _Ranking(Picker):
             per=host.per,
             min_kept=host.min_kept,
             round_to=host.round_to,
+            kinds=self._kinds,
         )
 
     def add_gradients(self, scene: Scene, scale: Tensor | None) -> None:
