@@ -80,12 +80,22 @@ class Sizes:
         return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
     def changed(self, values: Mapping[str, Any]) -> Any:
-        """A copy of the config with other numbers."""
+        """A copy of the config with other numbers; some check them."""
         config = copy.deepcopy(self.config)
         for name, value in values.items():
             owner, _, leaf = name.rpartition(".")
             setattr(_inside(config, owner), leaf, value)
+        if callable(validate := getattr(config, "validate", None)):
+            validate()
         return config
+
+    def accepts(self, values: Mapping[str, Any]) -> bool:
+        """Whether the config itself has nothing against these numbers."""
+        try:
+            self.changed(values)
+        except Exception:
+            return False
+        return True
 
     def _say_head_width(self) -> None:
         """Heads can only be told apart from the width of the model where the config says how wide they are."""
@@ -126,23 +136,24 @@ class Sizes:
         return Number(name, values.pop(), places) if len(values) == 1 else None
 
 
-def kinds(sizes: Sizes, structures: StructureSet) -> dict[str, str]:
-    """Layer groups that a config can describe, as long as all of a kind lose the same number → their kind.
+def kinds(sizes: Sizes, structures: StructureSet) -> dict[str, dict[str, int]]:
+    """Layer groups that a config can describe, as long as all with the same numbers lose as many.
 
-    What is absent must keep its width.
+    Returns:
+        layer group → the numbers that name its width → units of that number in one structure; what is absent must
+        keep its width.
     """
     named = {name: units for name, group in structures.groups.items() if (units := _units(sizes, group))}
-    kind = {name: " and ".join(sorted(units)) for name, units in named.items()}
     numbers = {number.name: number for number in sizes.numbers}
     covered: dict[str, set[Place]] = {}
-    users: dict[str, set[tuple[str, tuple[tuple[str, int], ...], int]]] = {}
+    users: dict[str, set[tuple[tuple[tuple[str, int], ...], int]]] = {}
     for name, units in named.items():
         group = structures.groups[name]
         for number in units:
             covered.setdefault(number, set()).update(c.place for c in group.couplings)
-            users.setdefault(number, set()).add((kind[name], tuple(sorted(units.items())), len(group)))
+            users.setdefault(number, set()).add((tuple(sorted(units.items())), len(group)))
     whole = {n for n, places in covered.items() if places >= numbers[n].places.keys() and len(users[n]) == 1}
-    return {name: kind[name] for name, units in named.items() if whole.issuperset(units)}
+    return {name: units for name, units in named.items() if whole.issuperset(units)}
 
 
 def _units(sizes: Sizes, group: LayerGroup) -> dict[str, int]:
@@ -219,7 +230,11 @@ def _left(sizes: Sizes, number: Number, place: Place, mine: Shapes, past: surger
 
 
 def _proven(sizes: Sizes, values: Mapping[str, Any], mine: Shapes) -> Any:
-    config = sizes.changed(values)
+    try:
+        config = sizes.changed(values)
+    except Exception as error:
+        why = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(f"{type(sizes.config).__name__} refuses {_said(values)} ({why})") from error
     shapes = sizes.built(config)
     for name, shape in mine.items():
         if shapes[name] != shape:

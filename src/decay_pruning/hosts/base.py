@@ -156,7 +156,7 @@ class Picker:
         return not scene.decaying
 
     def settled(self, scene: Scene) -> bool:
-        """Whether the widths can stay as they are once everything that fades is gone; if not, a pick puts that right."""
+        """Whether the widths are as they should be once all that fades is gone; if not, there is another pick."""
         return True
 
     def check(self, scene: Scene, goal: Goal) -> None:

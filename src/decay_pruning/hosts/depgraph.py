@@ -17,8 +17,8 @@ from decay_pruning.checks import Count, NotNegative, OneOf, Whole, at_least, che
 from decay_pruning.errors import ConfigError
 from decay_pruning.graph import Graph
 from decay_pruning.hosts import importance as importances
-from decay_pruning.hosts.activations import Activations
 from decay_pruning.hosts import uniform
+from decay_pruning.hosts.activations import Activations
 from decay_pruning.hosts.base import Goal, Ignored, Picker, Scene
 from decay_pruning.hosts.importance import NORMALIZERS, Normalizer, Reduction
 from decay_pruning.hosts.ranking import MinKept, Per, Scope, choose
@@ -148,7 +148,7 @@ class _Ranking(Picker):
         self._host = host
         self._regulariser = GroupRegulariser(host.sparse) if host.sparse is not None else None
         self._activations = Activations() if host.importance == "activation" else None
-        self._kinds: Mapping[str, str] | None = None
+        self._kinds: uniform.Kinds | None = None
 
     def attach(self, scene: Scene) -> None:
         if self._activations is not None:
@@ -163,7 +163,7 @@ class _Ranking(Picker):
             self._activations.active = scene.step < scene.start or scene.wanting()
 
     def settled(self, scene: Scene) -> bool:
-        return self._kinds is None or uniform.even(self._kinds, scene.structures, scene.fading())
+        return self._kinds is None or self._kinds.even(scene.structures, scene.fading())
 
     def check(self, scene: Scene, goal: Goal) -> None:
         if self._host.uniform:

@@ -14,6 +14,7 @@ from decay_pruning.budget import Cost
 from decay_pruning.checks import Whole, at_least, checked, did_you_mean, shown
 from decay_pruning.errors import BudgetError, ConfigError
 from decay_pruning.hosts.base import Goal, Scene
+from decay_pruning.hosts.uniform import Kinds
 from decay_pruning.structures import StructureSet
 
 logger = logging.getLogger("decay_pruning")
@@ -37,7 +38,7 @@ def choose(
     round_to: int = 1,
     among: Mapping[str, Tensor] | None = None,
     strict: bool = True,
-    kinds: Mapping[str, str] | None = None,
+    kinds: Kinds | None = None,
 ) -> dict[str, list[int]]:
     """The fewest lowest-scored structures whose removal, beside that of what is fading, meets the goal.
 
@@ -52,8 +53,8 @@ def choose(
             a tenth at a multiple of 8 loses nothing, and the log says so.
         among: what may be picked, as `scene.eligible()` has it, which is the default.
         strict: raise where the goal cannot be met; otherwise return all that may go.
-        kinds: layer group → its kind: those of a kind come to the same width, and are ranked by the mean of their
-            scores; layer groups without one are not picked. None: each is its own.
+        kinds: layer groups of a kind come to the same width, and are ranked by the mean of their scores; those without
+            one are not picked. None: each is its own.
 
     Raises:
         ConfigError: a value is out of range, or scores that do not fit the structures.
@@ -72,8 +73,8 @@ def choose(
     fading = scene.fading()
     names = [name for name in scene.structures.groups if name in scores]
     if kinds is not None:
-        whole = set(kinds.values()) - {kind for name, kind in kinds.items() if name not in scores}
-        names = [name for name in names if kinds.get(name) in whole]
+        whole = set(kinds.of.values()) - {kind for name, kind in kinds.of.items() if name not in scores}
+        names = [name for name in names if kinds.of.get(name) in whole]
     there = {name: len(scene.structures.groups[name]) - int(fading[name].sum()) for name in names}
     sets = _together(names, kinds)
     ranks, owners, widths = [], [], []
@@ -109,6 +110,8 @@ def choose(
         taken = {}
         for members, number, width in zip(sets, asked, widths, strict=True):
             left = min(width, math.ceil((width - number) / round_to) * round_to) if number else width
+            if kinds is not None:
+                left = kinds.up(kinds.of[members[0]], left, width)
             for name in members:
                 taken[name] = max(0, there[name] - left)
         return taken
@@ -149,11 +152,11 @@ def choose(
     }
 
 
-def _together(names: Sequence[str], kinds: Mapping[str, str] | None) -> list[list[str]]:
+def _together(names: Sequence[str], kinds: Kinds | None) -> list[list[str]]:
     """Layer groups that come to the same width."""
     found: dict[str, list[str]] = {}
     for name in names:
-        found.setdefault(name if kinds is None else kinds[name], []).append(name)
+        found.setdefault(name if kinds is None else kinds.of[name], []).append(name)
     return list(found.values())
 
 

@@ -1,4 +1,4 @@
-"""What the integrations share: a pruner's settings before there is a model, its figures, and its place in checkpoints."""
+"""What the integrations share: a pruner's settings before there is a model, its figures, its place in checkpoints."""
 
 from __future__ import annotations
 

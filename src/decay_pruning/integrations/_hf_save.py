@@ -67,7 +67,9 @@ def save(model: nn.Module, folder: str | os.PathLike[str], example_inputs: Any =
 
     model = unwrapped(model)
     if not isinstance(model, transformers.PreTrainedModel):
-        raise ConfigError(f"save takes a model of Transformers, not {type(model).__name__}; see decay_pruning.save")
+        raise ConfigError(
+            f"save takes a model of Transformers, not {type(model).__name__}; see decay_pruning.save"
+        )
     try:
         config = configs.fitted(model)
     except ValueError as error:
@@ -108,7 +110,9 @@ def push_to_hub(model: nn.Module, repo: str, example_inputs: Any = None, **optio
         save(model, folder, example_inputs)
         api = HfApi()
         api.create_repo(repo, exist_ok=True, **options)
-        return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="pruned with decay-pruning"))
+        return str(
+            api.upload_folder(repo_id=repo, folder_path=folder, commit_message="pruned with decay-pruning")
+        )
 
 
 def _write(model: Any, config: Any, folder: Path) -> None:
@@ -119,7 +123,9 @@ def _write(model: Any, config: Any, folder: Path) -> None:
         model.config = own
 
 
-def _proven(model: nn.Module, folder: Path, scratch: Path, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> float:
+def _proven(
+    model: nn.Module, folder: Path, scratch: Path, inputs: tuple[tuple[Any, ...], dict[str, Any]]
+) -> float:
     """The largest difference between the model and what the stock class makes of the folder.
 
     Raises:
@@ -169,7 +175,9 @@ def _home(model: nn.Module) -> tuple[str, str]:
     """
     kind = type(model)
     if kind.__module__.startswith("transformers."):
-        return "transformers" if hasattr(sys.modules["transformers"], kind.__name__) else kind.__module__, kind.__name__
+        return "transformers" if hasattr(
+            sys.modules["transformers"], kind.__name__
+        ) else kind.__module__, kind.__name__
     if kind.__module__ == "__main__" or "<locals>" in kind.__qualname__:
         raise ConfigError(
             f"{kind.__qualname__} is defined where another process cannot import it; put it into a module"
@@ -214,11 +222,11 @@ def _made_up(model: Any) -> dict[str, Tensor]:
     if name == "input_ids":
         inputs = {"input_ids": words}
     elif name == "pixel_values" and isinstance(getattr(config, "image_size", None), int):
-        shape = (2, config.num_channels, config.image_size, config.image_size)
-        inputs = {"pixel_values": torch.randn(shape, generator=maker)}
+        side = config.image_size
+        inputs = {"pixel_values": torch.randn(2, config.num_channels, side, side, generator=maker)}
     elif name == "input_features" and hasattr(config, "max_source_positions"):
-        shape = (2, config.num_mel_bins, 2 * config.max_source_positions)
-        inputs = {"input_features": torch.randn(shape, generator=maker)}
+        frames = 2 * config.max_source_positions
+        inputs = {"input_features": torch.randn(2, config.num_mel_bins, frames, generator=maker)}
     else:
         raise ConfigError(f"save cannot make up {name!r} for {type(model).__name__}: give example_inputs")
     if config.is_encoder_decoder:

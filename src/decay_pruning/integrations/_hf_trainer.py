@@ -32,12 +32,12 @@ FILE = "decay_pruning.pt"
 #: Its entry among the callbacks' states in `trainer_state.json`.
 KEY = "decay_pruning"
 _HOW = (
-    "Go on from the last checkpoint (trainer.train(resume_from_checkpoint=...)) with more steps, end the decays at once "
-    "with callback.pruner.finish(force=True), or do so always with DecayPruningCallback(force=True)"
+    "Go on from the last checkpoint (trainer.train(resume_from_checkpoint=...)) with more steps, end the decays "
+    "at once with callback.pruner.finish(force=True), or do so always with DecayPruningCallback(force=True)"
 )
 
 
-class DecayPruningCallback(TrainerCallback):
+class DecayPruningCallback(TrainerCallback):  # type: ignore[misc]
     """Prunes the model of a `transformers.Trainer` while it trains.
 
     The pruner is built when the training begins and finished when it ends; shapes stay until then, so that all
@@ -62,7 +62,7 @@ class DecayPruningCallback(TrainerCallback):
         also: see `Pruner`.
         on_event: see `Pruner`.
         force: where the training ends before the target is met, end the decays at once and prune what is missing in
-            one step. Otherwise that is a `BudgetError`, raised by `train()`; the model is whole, and `pruner` is at work.
+            one step. Otherwise that is a `BudgetError`, raised by `train()`; the model is whole, `pruner` at work.
 
     Raises:
         ConfigError: a setting has a wrong type or value.
@@ -184,7 +184,11 @@ def _saved(args: Any, state: Any) -> dict[str, Any]:
 
 def _belongs(folder: Path, run: str | None, state: Any) -> dict[str, Any] | None:
     found = _common.read(folder / FILE)
-    if found is None or run is None or (found.get("run"), found.get("global_step")) != (run, state.global_step):
+    if (
+        found is None
+        or run is None
+        or (found.get("run"), found.get("global_step")) != (run, state.global_step)
+    ):
         return None
     return found.get("pruner")
 
@@ -200,7 +204,7 @@ def _before(callback: TrainerCallback) -> list[TrainerCallback]:
 
 @contextmanager
 def _plain_forward(model: nn.Module) -> Iterator[None]:
-    """The model without the autocast that Accelerate wraps around its forward: structures are proven in its own dtype."""
+    """The model without the autocast that Accelerate wraps around its forward: it is proven in its own dtype."""
     wrapped = vars(model).get("forward")
     original = vars(model).get("_original_forward")
     if wrapped is None or original is None:

@@ -54,8 +54,8 @@ class DecayPruning(Callback):  # type: ignore[misc]
     checkpoints of a training have one shape. Its state is in each checkpoint, and `fit(ckpt_path=...)` goes on bit for
     bit, in mid-decay, too.
 
-    `ModelCheckpoint(monitor=...)` and `EarlyStopping` begin anew in each step until the target is met: a metric that was
-    better while less was pruned is not the best pruned model. After the fit, `test(ckpt_path="best")` and the like load
+    `ModelCheckpoint(monitor=...)` and `EarlyStopping` begin anew in each step until the target is met: what was better
+    while less was pruned is not the best pruned model. After the fit, `test(ckpt_path="best")` and the like load
     checkpoints of the full shape that were saved from then on, and pruned ones into a model of the full shape.
 
     Attributes:
@@ -142,7 +142,9 @@ class DecayPruning(Callback):  # type: ignore[misc]
         self.report = None
         steps = trainer.estimated_stepping_batches
         if steps is None or steps < 1 or math.isinf(steps):
-            raise ConfigError("the length of the training is not known: give the Trainer max_steps or max_epochs")
+            raise ConfigError(
+                "the length of the training is not known: give the Trainer max_steps or max_epochs"
+            )
         optimizers = trainer.optimizers
         optimizer = optimizers[0] if len(optimizers) == 1 else optimizers
         self.pruner = self._settings.pruner(model, optimizer, int(steps), self._saved)
