@@ -61,6 +61,9 @@ class Sizes:
         self.shapes = self.built(self.config)
         self._say_head_width()
         self.numbers = list(self._numbers())
+        if said := {n.name: n.value for n in self.numbers if _inside(self.config, n.name) is None}:
+            self.config = self.changed(said)  # so that it no longer follows another number
+            self.numbers = list(self._numbers())
         self.at: dict[Place, list[Number]] = {}
         for number in self.numbers:
             for place in number.places:
@@ -285,8 +288,8 @@ def _said(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} = {value}" for name, value in values.items()) or "its config as it is"
 
 
-def _inside(config: Any, owner: str) -> Any:
-    for part in owner.split(".") if owner else ():
+def _inside(config: Any, name: str) -> Any:
+    for part in name.split(".") if name else ():
         config = getattr(config, part)
     return config
 

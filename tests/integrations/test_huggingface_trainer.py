@@ -81,7 +81,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     saved = torch.load(file, weights_only=True)
     torch.save({**saved, "run": "another"}, file)
     with pytest.raises(ConfigError, match="missing, damaged, or lies elsewhere"):
-        trainer(tmp_path, pruning()).train(resume_from_checkpoint=True)
+        trainer(tmp_path, pruning()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
 
 
 def test_a_checkpoint_without_the_callback_is_refused(tmp_path):
@@ -110,29 +110,42 @@ def test_figures_are_in_the_trainers_own_logs(tmp_path):
     assert [row for row in seen if "pruning/macs" in row and "loss" not in row]
 
 
+class Worse:
+    """A metric that is best at first, as when nothing was pruned yet."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, prediction):
+        self.calls += 1
+        return {"score": -self.calls}
+
+
+#: Judged by that metric.
+JUDGED = {
+    "eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True, "metric_for_best_model": "score",
+    "greater_is_better": True,
+}  # fmt: skip
+
+
 def test_the_best_model_is_one_that_is_pruned(tmp_path):
-    """The metric is best at first, when nothing was pruned; that model must not come back."""
-    run = trainer(
-        tmp_path, callback := pruning(), eval_strategy="steps", eval_steps=4, load_best_model_at_end=True,
-        metric_for_best_model="loss", learning_rate=1.0, lr_scheduler_type="constant",
-    )  # fmt: skip
+    run = trainer(tmp_path, callback := pruning(), steps=28, **JUDGED)
+    run.compute_metrics = Worse()
     run.train()
-    losses = {row["step"]: row["eval_loss"] for row in run.state.log_history if "eval_loss" in row}
-    assert min(losses, key=losses.get) == 4, "the example is to get worse while it is pruned"
     assert callback.report.macs[1] <= 0.6 * callback.report.macs[0]
-    assert run.state.best_global_step is not None and run.state.best_global_step >= 10
-    assert run.evaluate()["eval_loss"] == pytest.approx(losses[run.state.best_global_step], rel=1e-3)
+    best = run.state.best_global_step
+    assert callback.report.rounds == 2 and best == 20, "the first evaluation after the last decay"
+    losses = {row["step"]: row["eval_loss"] for row in run.state.log_history if "eval_loss" in row}
+    assert run.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-5)
+    assert losses[28] != pytest.approx(losses[best], rel=1e-5)
 
 
 def test_early_stopping_waits_for_the_target(tmp_path):
     stopping = transformers.EarlyStoppingCallback(early_stopping_patience=1)
-    run = trainer(
-        tmp_path, stopping, callback := pruning(), steps=40, eval_strategy="steps", eval_steps=2, save_steps=2,
-        load_best_model_at_end=True, metric_for_best_model="loss", learning_rate=1.0, lr_scheduler_type="constant",
-        save_total_limit=2,
-    )  # fmt: skip
+    run = trainer(tmp_path, stopping, callback := pruning(), steps=60, save_total_limit=2, **JUDGED)
+    run.compute_metrics = Worse()
     run.train()
-    assert run.state.global_step < 40, "the example is to be stopped"
+    assert run.state.global_step == 24, "four steps after the first evaluation that counts"
     assert callback.report.macs[1] <= 0.6 * callback.report.macs[0]
 
 
