@@ -41,6 +41,8 @@ except ImportError:
 __all__ = ["DecayPruning"]
 logger = logging.getLogger("decay_pruning")
 
+#: A dry run is the beginning of a long training.
+_DRY = 10**6
 _HOW = (
     "Go on from the last checkpoint (trainer.fit(..., ckpt_path=...)) with more steps, end the decays at once with "
     "callback.pruner.finish(force=True), or do so always with DecayPruning(force=True)"
@@ -140,7 +142,7 @@ class DecayPruning(Callback):  # type: ignore[misc]
         if self.pruner is not None and self.report is None:
             self.pruner.cancel()  # of a training that was broken off
         self.report = None
-        steps = trainer.estimated_stepping_batches
+        steps = _DRY if trainer.fast_dev_run else trainer.estimated_stepping_batches
         if steps is None or steps < 1 or math.isinf(steps):
             raise ConfigError(
                 "the length of the training is not known: give the Trainer max_steps or max_epochs"
