@@ -41,7 +41,9 @@ def start() -> tuple[nn.Module, torch.optim.Optimizer, ModelEmaV3, Pruner]:
 
 def train(first: int) -> None:
     """train.py's epochs."""
-    scheduler, _ = create_scheduler_v2(optimizer, sched="cosine", num_epochs=EPOCHS, updates_per_epoch=UPDATES)
+    scheduler, _ = create_scheduler_v2(
+        optimizer, sched="cosine", num_epochs=EPOCHS, updates_per_epoch=UPDATES
+    )
     for epoch in range(first, EPOCHS):
         scheduler.step(epoch)
         for update in range(UPDATES):

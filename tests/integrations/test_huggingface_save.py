@@ -69,7 +69,12 @@ def prune(model, name, keep=0.7, **settings):
     given = {"uniform": True, "importance": "magnitude", "scope": "local", **settings}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     pruner = Pruner(
-        model, inputs(name), optimizer, Target(macs=keep), host=DepGraph(**given), smooth=SmoothPruning(steps=2)
+        model,
+        inputs(name),
+        optimizer,
+        Target(macs=keep),
+        host=DepGraph(**given),
+        smooth=SmoothPruning(steps=2),
     )
     for _ in range(3):
         optimizer.zero_grad()
@@ -97,7 +102,9 @@ def test_stock_from_pretrained_loads_it(tmp_path, name):
     assert names
 
 
-@pytest.mark.parametrize(("name", "rounds"), [("llama", {"round_to": 4}), ("qwen2", {}), ("qwen3", {}), ("vit", {})])
+@pytest.mark.parametrize(
+    ("name", "rounds"), [("llama", {"round_to": 4}), ("qwen2", {}), ("qwen3", {}), ("vit", {})]
+)
 def test_the_width_of_the_model_itself(tmp_path, name, rounds):
     """Inexact by its nature; the config then says hidden_size, too."""
     model = build(name)
@@ -157,7 +164,9 @@ def test_widths_that_differ_by_layer_where_the_config_takes_a_list():
 
 def test_pruned_heads_that_no_config_names_are_refused(tmp_path):
     model = build("bert")
-    prune(model, "bert", 0.9, uniform=False, ignored=[f"bert.encoder.layer.{k}.intermediate" for k in range(2)])
+    prune(
+        model, "bert", 0.9, uniform=False, ignored=[f"bert.encoder.layer.{k}.intermediate" for k in range(2)]
+    )
     with pytest.raises(ConfigError, match=r"no number of BertConfig|is one number"):
         save(model, tmp_path)
 

@@ -157,7 +157,9 @@ class Stop(transformers.TrainerCallback):
 def test_stopped_before_the_target(tmp_path):
     callback = pruning(rectify=None)
     run = trainer(tmp_path, callback, Stop())
-    with pytest.raises(BudgetError, match=r"ended before the target was met.*decaying at step 5.*resume_from"):
+    with pytest.raises(
+        BudgetError, match=r"ended before the target was met.*decaying at step 5.*resume_from"
+    ):
         run.train()
     assert run.model.bert.pooler.dense.out_features == 32, "the model has its full shape"
     run.model(input_ids=IDS[:2])
@@ -206,7 +208,9 @@ def test_hosts_of_all_kinds_of_state_resume(tmp_path):
     again = pruning(host=host, smooth=SmoothPruning(steps=4))
     resumed = trainer(tmp_path, again)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), resumed.model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(run.model.parameters(), resumed.model.parameters(), strict=True)
+    )
 
 
 @pytest.mark.gpu

@@ -50,7 +50,9 @@ class Net(lightning.LightningModule):
 
 def pruning(**settings):
     given = {"rectify": SelfRectifying(), "smooth": SmoothPruning(steps=6), "start": 1, **settings}
-    return DecayPruning(torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0)), Target(macs=0.5), **given)
+    return DecayPruning(
+        torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0)), Target(macs=0.5), **given
+    )
 
 
 def fit(*callbacks, module=None, epochs=EPOCHS, ckpt_path=None, **settings):
