@@ -1,7 +1,7 @@
-"""timm: what its training script needs for pruning, and how a pruned model is loaded: python examples/with_timm.py
+"""timm: what its training script needs for pruning, and loading what was pruned: python examples/with_timm.py
 
-The loop is that of timm's train.py in short: optimizer, scheduler, EMA and checkpoints are timm's own. What pruning adds
-is marked.
+The loop is that of timm's train.py in short: optimizer, scheduler, EMA and checkpoints are timm's own. What pruning
+adds is marked.
 """
 
 from __future__ import annotations

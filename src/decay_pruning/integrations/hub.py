@@ -3,7 +3,8 @@
     push_to_hub(model, "me/small-resnet")
     model = from_hub(timm.create_model("resnet50"), "me/small-resnet")
 
-Models of Transformers that stock classes are to load: `integrations.huggingface.push_to_hub`. `pip install huggingface_hub`.
+For models of Transformers that stock classes are to load: `integrations.huggingface.push_to_hub`.
+`pip install huggingface_hub`.
 """
 
 from __future__ import annotations
