@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +17,7 @@ EPOCHS = 10
 folder = tempfile.mkdtemp()
 
 
-def start() -> tuple[Accelerator, nn.Module, torch.optim.Optimizer, torch.utils.data.DataLoader, Pruner]:
+def start() -> tuple[Accelerator, nn.Module, torch.optim.Optimizer, Any, Pruner]:
     """As at the beginning: the original model, prepared, and a pruner that is in the checkpoints."""
     set_seed(0)
     accelerator = Accelerator(gradient_accumulation_steps=2, cpu=True)

@@ -79,3 +79,48 @@ def test_wandb(tmp_path):
     logged = json.loads((tmp_path / "logged.json").read_text())
     assert {"loss", "pruning/macs", "pruning/decaying"} <= logged["rows"][0].keys()
     assert any("picked/0" in row for row in logged["rows"]) and logged["summary"]["macs"]
+
+
+def test_accelerate_at_once(tmp_path):
+    """The hooks of docs/trainers.md: the pruner's state before the weights."""
+    accelerate = pytest.importorskip("accelerate")
+    import torch
+    from torch import nn
+
+    from decay_pruning import Pruner, SmoothPruning, Target
+
+    x, y = torch.randn(16, 6, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 3
+
+    def start():
+        torch.manual_seed(0)
+        accelerator = accelerate.Accelerator(cpu=True)
+        plain = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 3))
+        model, optimizer = accelerator.prepare(plain, torch.optim.Adam(plain.parameters(), 1e-3))
+        smooth = SmoothPruning(steps=3)
+        pruner = Pruner(plain, x[:1], optimizer, Target(macs=0.3), smooth=smooth, removal="at once")
+        accelerator.register_save_state_pre_hook(
+            lambda models, weights, folder: torch.save(pruner.state_dict(), f"{folder}/pruner.pt")
+        )
+        accelerator.register_load_state_pre_hook(
+            lambda models, folder: pruner.load_state_dict(
+                torch.load(f"{folder}/pruner.pt", weights_only=True)
+            )
+        )
+        return accelerator, model, optimizer, pruner
+
+    def train(steps):
+        for _ in range(steps):
+            accelerator.backward(nn.functional.cross_entropy(model(x), y))
+            optimizer.step()
+            optimizer.zero_grad()
+
+    accelerator, model, optimizer, pruner = start()
+    train(5)
+    assert pruner.report().removed
+    accelerator.save_state(str(tmp_path))
+    train(3)
+    want = [p.detach().clone() for p in model.parameters()]
+    accelerator, model, optimizer, pruner = start()
+    accelerator.load_state(str(tmp_path))
+    train(3)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), want, strict=True))

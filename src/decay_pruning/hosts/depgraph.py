@@ -166,8 +166,9 @@ class _Ranking(Picker):
         return self._kinds is None or self._kinds.even(scene.structures, scene.fading())
 
     def check(self, scene: Scene, goal: Goal) -> None:
-        if self._host.uniform:
-            self._kinds = uniform.kinds(scene.model, scene.structures)
+        host = self._host
+        if host.uniform:
+            self._kinds = uniform.kinds(scene.model, scene.structures, host.round_to)
         self._choose(
             scene, {name: torch.zeros(len(group)) for name, group in scene.structures.groups.items()}, goal
         )

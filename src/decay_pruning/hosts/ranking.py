@@ -81,6 +81,8 @@ def choose(
     for number, members in enumerate(sets):
         ranked = []
         width = min(there[name] for name in members)
+        if kinds is not None:
+            width = kinds.down(kinds.of[members[0]], width)
         for name in members:
             size = len(scene.structures.groups[name])
             stays = max(1, math.ceil(min_kept * size) if isinstance(min_kept, float) else min_kept)

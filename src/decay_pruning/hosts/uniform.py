@@ -22,53 +22,63 @@ class Kinds:
 
     Attributes:
         of: layer group → its kind; what is absent is kept.
-        takes: whether a kind can have a width, for all that is known of it alone.
+        whole: kind → its width before anything was removed, which is always possible.
+        round_to: other widths are multiples of this,
+        takes: and of those that this says of a kind.
     """
 
     of: Mapping[str, str]
+    whole: Mapping[str, int]
+    round_to: int = 1
     takes: Callable[[str, int], bool] = lambda kind, width: True
     _seen: dict[tuple[str, int], bool] = field(default_factory=dict)
 
     def up(self, kind: str, width: int, most: int) -> int:
-        """The least width from here on that is possible; `most` where none is."""
-        while width < most and not self._taken(kind, width):
-            width += 1
-        return min(width, most)
+        """The least possible width from here on; `most` where none is."""
+        return next((w for w in range(width, most) if self.possible(kind, w)), most)
 
-    def even(self, structures: StructureSet, fading: Mapping[str, Tensor]) -> bool:
-        """Whether all layer groups of a kind are equally wide when what fades is gone."""
-        left = {(kind, len(structures.groups[n]) - int(fading[n].sum())) for n, kind in self.of.items()}
-        return len(left) == len(set(self.of.values()))
+    def down(self, kind: str, width: int) -> int:
+        """The largest possible width up to here; this one where none is."""
+        return next((w for w in range(width, 0, -1) if self.possible(kind, w)), width)
 
-    def _taken(self, kind: str, width: int) -> bool:
+    def possible(self, kind: str, width: int) -> bool:
+        """Whether a kind can have this width, for all that is known of it alone."""
         if (kind, width) not in self._seen:
-            self._seen[kind, width] = self.takes(kind, width)
+            other = width % self.round_to == 0 and self.takes(kind, width)
+            self._seen[kind, width] = other or width == self.whole[kind]
         return self._seen[kind, width]
 
+    def even(self, structures: StructureSet, fading: Mapping[str, Tensor]) -> bool:
+        """Whether all layer groups of a kind have the same possible width when what fades is gone."""
+        left = {(kind, len(structures.groups[n]) - int(fading[n].sum())) for n, kind in self.of.items()}
+        return len(left) == len(self.whole) and all(self.possible(*each) for each in left)
 
-def kinds(model: nn.Module, structures: StructureSet) -> Kinds:
+
+def kinds(model: nn.Module, structures: StructureSet, round_to: int = 1) -> Kinds:
     """The kinds of a model that is as it was built."""
     try:
         sizes = configs.Sizes(model)
     except ValueError:
-        return Kinds(_by_name(structures))
+        return _by_name(structures, round_to)
     if sizes.shapes != {name: tuple(p.shape) for name, p in model.named_parameters()}:
-        return Kinds(_by_name(structures))  # it is no longer what its config says
+        return _by_name(structures, round_to)  # it is no longer what its config says
     named = configs.kinds(sizes, structures)
-    units = {" and ".join(sorted(each)): each for each in named.values()}
+    of = {name: " and ".join(sorted(units)) for name, units in named.items()}
+    units = {of[name]: each for name, each in named.items()}
 
     def takes(kind: str, width: int) -> bool:
         return sizes.accepts({number: width * each for number, each in units[kind].items()})
 
-    return Kinds({name: " and ".join(sorted(each)) for name, each in named.items()}, takes)
+    return Kinds(of, {kind: len(structures.groups[name]) for name, kind in of.items()}, round_to, takes)
 
 
-def _by_name(structures: StructureSet) -> dict[str, str]:
-    found = {}
+def _by_name(structures: StructureSet, round_to: int) -> Kinds:
+    of, whole = {}, {}
     for name, group in structures.groups.items():
         if any(_numbered(c.tensor) for c in group.couplings):
-            found[name] = f"{re.sub(r'(?<=[.])[0-9]+(?=[.])', '*', name)} of {len(group)}"
-    return found
+            of[name] = f"{re.sub(r'(?<=[.])[0-9]+(?=[.])', '*', name)} of {len(group)}"
+            whole[of[name]] = len(group)
+    return Kinds(of, whole, round_to)
 
 
 def _numbered(name: str) -> bool:
