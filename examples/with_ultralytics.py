@@ -51,11 +51,12 @@ class Pruning:
         )  # fmt: skip
 
     def epoch(self, trainer: Any) -> None:
-        """Figures into the trainer's own loggers; the best model is one that is pruned."""
+        """A figure for the trainer's own loggers; the best model is one that is pruned."""
         assert self.pruner is not None
         trainer.metrics["pruning/macs_left"] = self.pruner.progress().macs_left
         if not self.pruner.done:
             trainer.best_fitness = None
+            trainer.stopper.best_fitness, trainer.stopper.best_epoch = 0.0, trainer.epoch
 
     def end(self, trainer: Any) -> None:
         """The trainer is done: cut, and keep the average."""
