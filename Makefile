@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check docs dist matrix gpu bench models coverage clean
+.PHONY: demo test check docs dist matrix gpu integrations bench models coverage clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -32,6 +32,11 @@ matrix: $(STAMP)
 
 gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
+
+# Other people's trainers, by real trainings in miniature.
+integrations: models
+	$(BIN)/python -m pip install --quiet --no-deps --requirement tests/integrations/requirements.txt
+	$(BIN)/python -m pytest -m integrations --timeout=900
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/step_cost.py

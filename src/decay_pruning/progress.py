@@ -9,7 +9,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a pruner is. MACs and parameters are those of the model as it is now; the rest counts structures."""
+    """Where a pruner is. MACs and parameters are those of the model as it is now; the rest counts structures.
+
+    `macs_left` are those when everything that is fading will be gone.
+    """
 
     step: int
     round: int
@@ -21,6 +24,7 @@ class Progress:
     held: int
     released: int
     removed: int
+    macs_left: int
 
     def __str__(self) -> str:
         counts = ", ".join(

@@ -181,7 +181,7 @@ class Pruner:
     @property
     def done(self) -> bool:
         """The target is met and nothing is decaying or waiting for its removal, other than that of `finish()`."""
-        return not self.engine.decaying and not self._waiting and self._goal(1.0).met(self._cost_left())
+        return not self.engine.decaying and not self._waiting and self._met(self._goal(1.0))
 
     def progress(self) -> Progress:
         """Where the pruner is; cheap."""
@@ -196,6 +196,7 @@ class Pruner:
             held=_count(self.engine.held),
             released=self.engine.counts.released,
             removed=self.engine.counts.removed,
+            macs_left=self._cost_left().macs,
         )
 
     def norms(self) -> dict[str, float]:
@@ -371,7 +372,7 @@ class Pruner:
         self._check_parameters()
         idle = not self.engine.decaying and not self._waiting
         due = bool(self.host.rounds) and self.engine.step >= self._due
-        if idle and due and not self._goal(1.0).met(self._cost_left()):
+        if idle and due and not self._met(self._goal(1.0)):
             self._pick()
 
     def add_gradients(self, scale: Tensor | None) -> None:
@@ -458,6 +459,10 @@ class Pruner:
         """Whether more has to be picked: training has come to `start`, and what is fading does not meet the target."""
         return self.engine.step >= self.start and not self._goal(1.0).met(self._cost_left())
 
+    def _met(self, goal: Goal) -> bool:
+        """Whether what is fading is all that has to go."""
+        return goal.met(self._cost_left()) and self._picker.settled(self._scene())
+
     def _cost_left(self) -> Cost:
         """Cost when everything that is fading is gone."""
         fading = self.engine.fading()
@@ -474,7 +479,7 @@ class Pruner:
         retries = self.rectify.retries if self.rectify is not None else 0
         goal = self._goal(min(1.0, (self._round + 1) / self.host.rounds))
         self._round += 1
-        if goal.met(self._cost_left()):  # an earlier round overshot this one's part of the way
+        if self._met(goal):  # an earlier round overshot this one's part of the way
             return
         if extra > retries + _EXTRA_ROUNDS:
             raise BudgetError(f"the host's picks do not lead to the target. {self._how_far()}")

@@ -159,6 +159,10 @@ class Picker:
         """Whether what is held at zero leaves now; asked in each step in which something is held."""
         return not scene.decaying
 
+    def settled(self, scene: Scene) -> bool:
+        """Whether the widths are as they should be once all that fades is gone; if not, there is another pick."""
+        return True
+
     def check(self, scene: Scene, goal: Goal) -> None:
         """Raise `BudgetError` where the goal is out of reach, before any training."""
 

@@ -17,6 +17,7 @@ from decay_pruning.checks import Count, NotNegative, OneOf, Whole, at_least, che
 from decay_pruning.errors import ConfigError
 from decay_pruning.graph import Graph
 from decay_pruning.hosts import importance as importances
+from decay_pruning.hosts import uniform
 from decay_pruning.hosts.activations import Activations
 from decay_pruning.hosts.base import Goal, Ignored, OutputNames, Picker, Scene
 from decay_pruning.hosts.importance import NORMALIZERS, Normalizer, Reduction
@@ -78,6 +79,9 @@ class DepGraph:
         round_to: what stays of each layer group is a multiple of this, rounded up.
         rounds: in how many equal parts of the way the target is approached.
         interval: optimizer steps of plain training between two rounds.
+        uniform: layer groups of the same kind in all layers (FFN, heads, KV groups) lose the same number, so that one
+            config describes the result; what no config can name keeps its width. Kinds are what the numbers of the
+            model's config name (Transformers); elsewhere, layers whose names differ by their number alone.
         sparse: group regulariser on all structures until the first pick (give the pruner a `start`).
         outputs: names of the outputs that keep their shape ("logits"), or their numbers in a tuple; the others may
             become narrower. None named: all keep it.
@@ -98,6 +102,7 @@ class DepGraph:
     round_to: Whole = 1
     rounds: Whole = 1
     interval: Count = 0
+    uniform: bool = False
     sparse: SparseLearning | None = None
     outputs: OutputNames = ()
 
@@ -152,6 +157,7 @@ class _Ranking(Picker):
         self._host = host
         self._regulariser = GroupRegulariser(host.sparse) if host.sparse is not None else None
         self._activations = Activations() if host.importance == "activation" else None
+        self._kinds: uniform.Kinds | None = None
 
     def attach(self, scene: Scene) -> None:
         if self._activations is not None:
@@ -165,7 +171,13 @@ class _Ranking(Picker):
         if self._activations is not None:
             self._activations.active = scene.step < scene.start or scene.wanting()
 
+    def settled(self, scene: Scene) -> bool:
+        return self._kinds is None or self._kinds.even(scene.structures, scene.fading())
+
     def check(self, scene: Scene, goal: Goal) -> None:
+        host = self._host
+        if host.uniform:
+            self._kinds = uniform.kinds(scene.model, scene.structures, host.round_to)
         self._choose(
             scene, {name: torch.zeros(len(group)) for name, group in scene.structures.groups.items()}, goal
         )
@@ -195,6 +207,7 @@ class _Ranking(Picker):
             per=host.per,
             min_kept=host.min_kept,
             round_to=host.round_to,
+            kinds=self._kinds,
         )
 
     def add_gradients(self, scene: Scene, scale: Tensor | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ from decay_pruning.budget import Cost
 from decay_pruning.checks import Whole, at_least, checked, did_you_mean, shown
 from decay_pruning.errors import BudgetError, ConfigError
 from decay_pruning.hosts.base import Goal, Scene
+from decay_pruning.hosts.uniform import Kinds
 from decay_pruning.structures import StructureSet
 
 logger = logging.getLogger("decay_pruning")
@@ -37,6 +38,7 @@ def choose(
     round_to: int = 1,
     among: Mapping[str, Tensor] | None = None,
     strict: bool = True,
+    kinds: Kinds | None = None,
 ) -> dict[str, list[int]]:
     """The fewest lowest-scored structures whose removal, beside that of what is fading, meets the goal.
 
@@ -51,6 +53,8 @@ def choose(
             a tenth at a multiple of 8 loses nothing, and the log says so.
         among: what may be picked, as `scene.eligible()` has it, which is the default.
         strict: raise where the goal cannot be met; otherwise return all that may go.
+        kinds: layer groups of a kind come to the same width, and are ranked by the mean of their scores; those without
+            one are not picked. None: each is its own.
 
     Raises:
         ConfigError: a value is out of range, or scores that do not fit the structures.
@@ -65,22 +69,37 @@ def choose(
         fading = scene.fading()
         scores = {name: score / scene.costs.price(name, per, fading) for name, score in scores.items()}
     order: dict[str, Tensor] = {}
-    ranks, owners = [], []
-    names = [name for name in scene.structures.groups if name in scores]
     eligible = scene.eligible() if among is None else among
     fading = scene.fading()
+    names = [name for name in scene.structures.groups if name in scores]
+    if kinds is not None:
+        whole = set(kinds.of.values()) - {kind for name, kind in kinds.of.items() if name not in scores}
+        names = [name for name in names if kinds.of.get(name) in whole]
     there = {name: len(scene.structures.groups[name]) - int(fading[name].sum()) for name in names}
-    for number, name in enumerate(names):
-        size = len(scene.structures.groups[name])
-        stays = max(1, math.ceil(min_kept * size) if isinstance(min_kept, float) else min_kept)
-        candidates = eligible[name].nonzero().flatten()
-        score = scores[name].detach().double().cpu()[candidates]
-        order[name] = candidates[torch.argsort(score, stable=True)][: max(0, there[name] - stays)]
-        ranked = score.sort().values[: order[name].numel()]
-        ranks.append(ranked if scope == "global" else (torch.arange(ranked.numel()) + 1) / size)
-        owners.append(torch.full((ranked.numel(),), number))
-    rank, turn = torch.cat(ranks).double().sort(stable=True)
-    owner = torch.cat(owners)[turn]
+    sets = _together(names, kinds)
+    ranks, owners, widths = [], [], []
+    for number, members in enumerate(sets):
+        ranked = []
+        width = min(there[name] for name in members)
+        if kinds is not None:
+            width = kinds.down(kinds.of[members[0]], width)
+        for name in members:
+            size = len(scene.structures.groups[name])
+            stays = max(1, math.ceil(min_kept * size) if isinstance(min_kept, float) else min_kept)
+            candidates = eligible[name].nonzero().flatten()
+            score = scores[name].detach().double().cpu()[candidates]
+            order[name] = candidates[torch.argsort(score, stable=True)][: max(0, there[name] - stays)]
+            ranked.append(score.sort().values[: order[name].numel()][there[name] - width :])
+        if any(order[name].numel() < there[name] - width for name in members):
+            raise BudgetError(f"{members} cannot come to the same width now: what would have to go may not")
+        steps = min(each.numel() for each in ranked)
+        mean = torch.stack([each[:steps] for each in ranked]).mean(0)
+        size = len(scene.structures.groups[members[0]])
+        ranks.append(mean if scope == "global" else (torch.arange(steps) + 1) / size)
+        owners.append(torch.full((steps,), number))
+        widths.append(width)
+    rank, turn = torch.cat([torch.empty(0), *ranks]).double().sort(stable=True)
+    owner = torch.cat([torch.empty(0, dtype=torch.int64), *owners])[turn]
     # Where to stop: after any structure, or in local scope after all of one share, so that equal widths stay equal.
     stops = torch.arange(rank.numel() + 1)
     if scope == "local":
@@ -89,11 +108,14 @@ def choose(
 
     def counts(k: int) -> dict[str, int]:
         """How many of each layer group go when the k lowest are chosen."""
-        asked = torch.bincount(owner[:k], minlength=len(names)).tolist()
+        asked = torch.bincount(owner[:k], minlength=len(sets)).tolist()
         taken = {}
-        for name, number in zip(names, asked, strict=True):
-            size = there[name]
-            taken[name] = max(0, size - math.ceil((size - number) / round_to) * round_to) if number else 0
+        for members, number, width in zip(sets, asked, widths, strict=True):
+            left = min(width, math.ceil((width - number) / round_to) * round_to) if number else width
+            if kinds is not None:
+                left = kinds.up(kinds.of[members[0]], left, width)
+            for name in members:
+                taken[name] = max(0, there[name] - left)
         return taken
 
     def cost(k: int) -> Cost:
@@ -119,16 +141,25 @@ def choose(
             first = middle + 1
     low = int(stops[first])
     if round_to > 1:
-        asked = torch.bincount(owner[:low], minlength=len(names)).tolist()
-        for (name, number), wanted in zip(counts(low).items(), asked, strict=True):
-            if number != wanted:
+        asked = torch.bincount(owner[:low], minlength=len(sets)).tolist()
+        taken = counts(low)
+        for name, wanted in ((name, n) for members, n in zip(sets, asked, strict=True) for name in members):
+            if taken[name] != wanted:
                 logger.info("%s: %d of %d picked, not %d: what stays is a multiple of %d",
-                            name, number, len(scene.structures.groups[name]), wanted, round_to)  # fmt: skip
+                            name, taken[name], len(scene.structures.groups[name]), wanted, round_to)  # fmt: skip
     return {
         name: sorted(scene.structures.groups[name].ids[order[name][:number]].tolist())
         for name, number in counts(low).items()
         if number
     }
+
+
+def _together(names: Sequence[str], kinds: Kinds | None) -> list[list[str]]:
+    """Layer groups that come to the same width."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(name if kinds is None else kinds.of[name], []).append(name)
+    return list(found.values())
 
 
 def _as_scores(scores: object, structures: StructureSet) -> dict[str, Tensor]:

@@ -179,6 +179,7 @@ class TorchPruning:
             held=0,
             released=0,
             removed=self._before.structures - self._cost.structures,
+            macs_left=self._cost.macs,
         )
 
     def norms(self) -> Mapping[str, float]:

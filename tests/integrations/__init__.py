@@ -1,0 +1,1 @@
+"""Other people's trainers and formats, by real trainings in miniature: `make integrations`."""
