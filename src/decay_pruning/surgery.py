@@ -135,8 +135,7 @@ def parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     try:
         module = model
         for part in path.split(".") if path else ():
-            inner = module._modules.get(part)
-            module = module.get_submodule(part) if inner is None else inner
+            module = module._modules[part] if part in module._modules else module.get_submodule(part)  # type: ignore[assignment]
         return module, leaf
     except AttributeError:
         raise SurgeryError(f"the model has no module {path!r} (needed for {name!r})") from None
@@ -149,9 +148,8 @@ def lookup(model: nn.Module, name: str) -> Any:
         SurgeryError: no such name.
     """
     module, leaf = parent(model, name)
-    tensor = module._parameters.get(leaf)
-    if tensor is not None:
-        return tensor
+    if isinstance(module._parameters, dict) and (tensor := module._parameters.get(leaf)) is not None:
+        return tensor  # the quick way
     if not hasattr(module, leaf):
         raise SurgeryError(f"the model has no parameter, buffer or attribute {name!r}")
     return getattr(module, leaf)
