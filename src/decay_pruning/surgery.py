@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from decay_pruning.errors import SurgeryError
 from decay_pruning.proof import TOLERANCE, Output, Settings, call, leaves, observe, untouched
 from decay_pruning.structures import NOT_PARAMETERS, Picks, Place, StructureSet
+from decay_pruning.valueless import is_valueless
 
 __all__ = [  # what was here before the proof had a room of its own is still found here
     "TOLERANCE", "History", "Kept", "Optimizers", "Output", "Verdict", "call", "check_picks", "check_positions",
@@ -527,6 +528,11 @@ def remove(
     if not picks:
         return structures
     check_picks(structures, picks)
+    if is_valueless(model):
+        raise SurgeryError(
+            "the model is on the meta device, so no removal can be proven; shrink(model, structures.kept(picks)) cuts "
+            "its shapes all the same"
+        )
     settings = Settings.of(model, example_inputs)
     verdict = _try_remove(model, structures, picks, settings, optimizer, tolerance)
     if verdict.problem is None:
