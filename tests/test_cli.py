@@ -65,6 +65,14 @@ def test_inspect(host: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in shown
 
 
+def test_inspect_without_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["inspect", "resnet-digits"])
+    real = capsys.readouterr().out
+    cli.main(["inspect", "resnet-digits", "--meta"])
+    meta = capsys.readouterr().out
+    assert meta.replace(" on a shrunken twin: the model is on the meta device", "") == real
+
+
 def test_inspect_a_model_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mynet_cli.py").write_text(
         "from torch import nn\n"

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from decay_pruning import DepGraph, OTOv2, Pruner, Target, inspect, latency, measure
-from decay_pruning.errors import ConfigError, DecayPruningError, GraphError
+from decay_pruning import DepGraph, OTOv2, Pruner, Target, inspect, latency, measure, surgery
+from decay_pruning.errors import ConfigError, DecayPruningError, GraphError, SurgeryError
 from decay_pruning.graph import Graph
 from decay_pruning.graph.verification._shrunken import copied, without_value
 from tests.kinds import KINDS, tokens, traps, weights  # noqa: F401
@@ -230,6 +230,18 @@ def test_the_cost_is_that_of_the_real_model() -> None:
 def test_what_needs_weights_says_so(work: Callable[[nn.Module, Tensor], Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         work(on_meta(small()), words())
+
+
+def test_a_removal_cannot_be_proven_and_leaves_the_model_alone() -> None:
+    model = on_meta(small())
+    structures = Graph(model, words()).structures
+    picks = {next(iter(structures.groups)): [0]}
+    shapes = [p.shape for p in model.parameters()]
+    with pytest.raises(SurgeryError, match="no removal can be proven"):
+        surgery.remove(model, structures, picks, example_inputs=words())
+    assert [p.shape for p in model.parameters()] == shapes
+    surgery.shrink(model, structures.kept(picks))
+    assert measure(model, words()).params < measure(small(), words()).params
 
 
 def test_a_random_ranking_needs_no_weights() -> None:

@@ -14,7 +14,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -62,6 +62,8 @@ class Inspect:
     """Whose structures."""
     allow_inexact: bool = False
     """Count structures whose removal changes the function by its nature (a width under LayerNorm)."""
+    meta: bool = False
+    """Build it on the meta device, without weights: a model that does not fit this machine."""
 
     def main(self, console: Console) -> None:
         from decay_pruning import inspect
@@ -71,7 +73,8 @@ class Inspect:
         own = ":" in self.model
         channels, size, _ = (3, 224, 224) if own else models.example_shape(self.model)
         channels, size = self.channels or channels, self.size or size
-        model = models.build(self.model, classes=self.classes, channels=channels, size=size, seed=0)
+        with torch.device("meta") if self.meta else nullcontext():
+            model = models.build(self.model, classes=self.classes, channels=channels, size=size, seed=0)
         plan = inspect(
             model, torch.zeros(1, channels, size, size), HOSTS[self.host](allow_inexact=self.allow_inexact)
         )
@@ -91,7 +94,7 @@ class Inspect:
         now = plan.now
         console.print(
             f"{now.structures:,} structures in {len(plan.widths)} layer groups · {now.macs:,} MACs · "
-            f"{now.params:,} parameters"
+            f"{now.params:,} parameters\n{plan.verified}"
         )
 
 

@@ -27,6 +27,7 @@ from decay_pruning.errors import SurgeryError
 from decay_pruning.folds import Factor, Factors, factors
 from decay_pruning.proof import TOLERANCE, Output, Settings, call, leaves, observe, untouched
 from decay_pruning.structures import NOT_PARAMETERS, Picks, Place, StructureSet
+from decay_pruning.valueless import is_valueless
 
 __all__ = [  # what was here before the proof had a room of its own is still found here
     "TOLERANCE", "History", "Kept", "Optimizers", "Output", "Verdict", "call", "check_picks", "check_positions",
@@ -158,8 +159,7 @@ def parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     try:
         module = model
         for part in path.split(".") if path else ():
-            inner = module._modules.get(part)
-            module = module.get_submodule(part) if inner is None else inner
+            module = module._modules[part] if part in module._modules else module.get_submodule(part)  # type: ignore[assignment]
         return module, leaf
     except AttributeError:
         raise SurgeryError(f"the model has no module {path!r} (needed for {name!r})") from None
@@ -172,9 +172,8 @@ def lookup(model: nn.Module, name: str) -> Any:
         SurgeryError: no such name.
     """
     module, leaf = parent(model, name)
-    tensor = module._parameters.get(leaf)
-    if tensor is not None:
-        return tensor
+    if isinstance(module._parameters, dict) and (tensor := module._parameters.get(leaf)) is not None:
+        return tensor  # the quick way
     if not hasattr(module, leaf):
         raise SurgeryError(f"the model has no parameter, buffer or attribute {name!r}")
     return getattr(module, leaf)
@@ -598,6 +597,11 @@ def remove(
     if not picks:
         return structures
     check_picks(structures, picks)
+    if is_valueless(model):
+        raise SurgeryError(
+            "the model is on the meta device, so no removal can be proven; shrink(model, structures.kept(picks)) cuts "
+            "its shapes all the same"
+        )
     settings = Settings.of(model, example_inputs)
     verdict = _try_remove(model, structures, picks, settings, optimizer, tolerance)
     if verdict.problem is None:
