@@ -218,6 +218,13 @@ def works(rank, world, folder):
     return found
 
 
+def load(model, optimizer, pruner, path, **how):
+    dcp.load({"pruner": Stateful(pruner)}, checkpoint_id=path, **how)
+    states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    dcp.load(states, checkpoint_id=path, **how)
+    set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
+
+
 def resumed(rank, world, folder):
     """The weights and the report of a run that stops in mid-decay, and goes on in other objects."""
     found = {}
@@ -233,12 +240,7 @@ def resumed(rank, world, folder):
 
         model = sharded(network)
         optimizer, pruner = prepared(model, *settings)
-        dcp.load({"pruner": Stateful(pruner)}, checkpoint_id=folder / name)
-        states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-        dcp.load(states, checkpoint_id=folder / name)
-        set_state_dict(
-            model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"]
-        )
+        load(model, optimizer, pruner, folder / name)
         seen = train(model, optimizer, (3, STEPS), mine)
         found[name] = seen, str(pruner.finish())
     return found
@@ -268,8 +270,13 @@ SCENARIOS = {
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    return together(2, tmp_path_factory.mktemp("sharded"), SCENARIOS)
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("sharded")
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    return together(2, folder, SCENARIOS)
 
 
 @functools.cache
@@ -345,6 +352,19 @@ def test_a_run_goes_on_bit_for_bit_from_a_distributed_checkpoint(found):
             assert report == said
             for here, there in zip(seen, expected[3:], strict=True):
                 assert torch.equal(here, there), name
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_checkpoint_of_two_processes_goes_on_in_one(found, folder):
+    for name in found("resumed")[0]:
+        model, host, smooth, rectify, kind = SETTINGS[name]
+        model = network(model)
+        optimizer, pruner = prepared(model, kind, host, smooth, rectify)
+        load(model, optimizer, pruner, folder / "resumed" / name, no_dist=True)
+        weights, report, *_ = alone(name)
+        for here, there in zip(train(model, optimizer, (3, STEPS)), weights[3:], strict=True):
+            assert torch.allclose(here, there, rtol=1e-9, atol=1e-11), name
+        assert str(pruner.finish()) == report
 
 
 def test_other_kinds_of_sharding_work(found):
