@@ -177,6 +177,7 @@ def refused(rank, world, folder):
     ask("ignored_params", fully_shard(model, ignored_params=left_out))
     mesh = init_device_mesh("cpu", (world,))
     ask("FSDP1", FullyShardedDataParallel(network("perceptron"), device_id=torch.device("cpu")))
+    ask("meta", fully_shard(network("perceptron").to("meta")))
     ask("tensor parallel", parallelize_module(network("perceptron"), mesh, {"hidden": ColwiseParallel()}))
     mesh = init_device_mesh("cpu", (1, world), mesh_dim_names=("data", "tensor"))
     both = parallelize_module(network("perceptron"), mesh["tensor"], {"inner": ColwiseParallel()})
@@ -193,14 +194,21 @@ def works(rank, world, folder):
         "offload": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
         "whole after forward": {"reshard_after_forward": False},
         "checkpointed": {},
+        "from meta": {},
     }
     found = {}
     for name, options in kinds.items():
         torch.manual_seed(rank)  # an importance that draws lots
         model = network("perceptron").float()
+        if name == "from meta":
+            model.to("meta")
         if name == "checkpointed":  # a wrapper with hooks of its own, inside
             model.hidden = checkpoint_wrapper(model.hidden)
         fully_shard(model, **options)
+        if name == "from meta":
+            model.to_empty(device="cpu")
+            for p in model.parameters():
+                p.detach().to_local().normal_(std=0.1)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
         with torch.no_grad():
             model(example())  # which leaves the parameters of the whole in one piece
@@ -336,6 +344,7 @@ def test_what_does_not_work_is_refused_by_name(found):
         "also": "also:",
         "ignored_params": "ignored_params",
         "FSDP1": "fully_shard",
+        "meta": "to_empty",
         "tensor parallel": "parallelize_module",
         "both": "parallelize_module",
     }
@@ -369,7 +378,7 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one(found, folder):
 
 def test_other_kinds_of_sharding_work(found):
     first, *others = found("works")
-    assert len(first) == 4
+    assert len(first) == 5
     for name, (left, weights) in first.items():
         assert left <= 0.5, name
         for other in others:
