@@ -331,6 +331,12 @@ def test_a_group_of_one_trains_alone(two):
     assert not torch.equal(first[0][0], second[0][0])
 
 
+def test_what_is_no_group_of_processes_is_refused():
+    for group in ("world", 2, object()):
+        with pytest.raises(ConfigError, match="group must be a torch process group"):
+            prepared(network(), group=group)
+
+
 def test_zero_is_refused_by_name(two):
     two("ZeRO")
 

@@ -177,6 +177,7 @@ def refused(rank, world, folder):
     ask("ignored_params", fully_shard(model, ignored_params=left_out))
     mesh = init_device_mesh("cpu", (world,))
     ask("FSDP1", FullyShardedDataParallel(network("perceptron"), device_id=torch.device("cpu")))
+    ask("meta", fully_shard(network("perceptron").to("meta")))
     ask("tensor parallel", parallelize_module(network("perceptron"), mesh, {"hidden": ColwiseParallel()}))
     mesh = init_device_mesh("cpu", (1, world), mesh_dim_names=("data", "tensor"))
     both = parallelize_module(network("perceptron"), mesh["tensor"], {"inner": ColwiseParallel()})
@@ -193,14 +194,21 @@ def works(rank, world, folder):
         "offload": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
         "whole after forward": {"reshard_after_forward": False},
         "checkpointed": {},
+        "from meta": {},
     }
     found = {}
     for name, options in kinds.items():
         torch.manual_seed(rank)  # an importance that draws lots
         model = network("perceptron").float()
+        if name == "from meta":
+            model.to("meta")
         if name == "checkpointed":  # a wrapper with hooks of its own, inside
             model.hidden = checkpoint_wrapper(model.hidden)
         fully_shard(model, **options)
+        if name == "from meta":
+            model.to_empty(device="cpu")
+            for p in model.parameters():
+                p.detach().to_local().normal_(std=0.1)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
         with torch.no_grad():
             model(example())  # which leaves the parameters of the whole in one piece
@@ -218,6 +226,13 @@ def works(rank, world, folder):
     return found
 
 
+def load(model, optimizer, pruner, path, **how):
+    dcp.load({"pruner": Stateful(pruner)}, checkpoint_id=path, **how)
+    states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    dcp.load(states, checkpoint_id=path, **how)
+    set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
+
+
 def resumed(rank, world, folder):
     """The weights and the report of a run that stops in mid-decay, and goes on in other objects."""
     found = {}
@@ -233,12 +248,7 @@ def resumed(rank, world, folder):
 
         model = sharded(network)
         optimizer, pruner = prepared(model, *settings)
-        dcp.load({"pruner": Stateful(pruner)}, checkpoint_id=folder / name)
-        states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-        dcp.load(states, checkpoint_id=folder / name)
-        set_state_dict(
-            model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"]
-        )
+        load(model, optimizer, pruner, folder / name)
         seen = train(model, optimizer, (3, STEPS), mine)
         found[name] = seen, str(pruner.finish())
     return found
@@ -268,8 +278,13 @@ SCENARIOS = {
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    return together(2, tmp_path_factory.mktemp("sharded"), SCENARIOS)
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("sharded")
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    return together(2, folder, SCENARIOS)
 
 
 @functools.cache
@@ -329,6 +344,7 @@ def test_what_does_not_work_is_refused_by_name(found):
         "also": "also:",
         "ignored_params": "ignored_params",
         "FSDP1": "fully_shard",
+        "meta": "to_empty",
         "tensor parallel": "parallelize_module",
         "both": "parallelize_module",
     }
@@ -347,9 +363,22 @@ def test_a_run_goes_on_bit_for_bit_from_a_distributed_checkpoint(found):
                 assert torch.equal(here, there), name
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_checkpoint_of_two_processes_goes_on_in_one(found, folder):
+    for name in found("resumed")[0]:
+        model, host, smooth, rectify, kind = SETTINGS[name]
+        model = network(model)
+        optimizer, pruner = prepared(model, kind, host, smooth, rectify)
+        load(model, optimizer, pruner, folder / "resumed" / name, no_dist=True)
+        weights, report, *_ = alone(name)
+        for here, there in zip(train(model, optimizer, (3, STEPS)), weights[3:], strict=True):
+            assert torch.allclose(here, there, rtol=1e-9, atol=1e-11), name
+        assert str(pruner.finish()) == report
+
+
 def test_other_kinds_of_sharding_work(found):
     first, *others = found("works")
-    assert len(first) == 4
+    assert len(first) == 5
     for name, (left, weights) in first.items():
         assert left <= 0.5, name
         for other in others:

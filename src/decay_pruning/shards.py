@@ -219,6 +219,11 @@ def _check(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
     sharded = _sharded(model)
     spread = {name: cast(Any, p) for name, p in parameters.items() if is_distributed(p)}
     for name, p in spread.items():
+        if p.is_meta:
+            raise ConfigError(
+                f"{name!r} is on the meta device, and has no values yet: give it some (model.to_empty(device=…), then "
+                "load or initialise its weights) before the pruner is built"
+            )
         under = any(not path or name.startswith(f"{path}.") for path in sharded)
         cuts = [kind for kind in p.placements if type(kind) is Shard]
         plain = all(type(kind) in (Shard, Replicate) for kind in p.placements) and len(cuts) <= 1
