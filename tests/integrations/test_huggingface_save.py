@@ -177,7 +177,7 @@ def test_another_function_is_refused_and_nothing_is_written(tmp_path):
     prune(model, "llama")
     model.model.layers[0].self_attn.scaling *= 2
     with pytest.raises(ManifestError, match="outputs differ"):
-        save(model, tmp_path)
+        save(model, tmp_path / "new")
     assert not list(tmp_path.iterdir())
 
 
@@ -194,3 +194,26 @@ def test_old_weights_do_not_stay_beside_the_new(tmp_path):
     names = {path.name for path in tmp_path.iterdir()}
     assert "vocab.txt" in names and "model-00001-of-00002.safetensors" not in names
     assert {"config.json", "model.safetensors"} <= names
+
+
+def test_push_to_hub(monkeypatch):
+    """By the interface of huggingface_hub alone."""
+    hub = pytest.importorskip("huggingface_hub")
+    from decay_pruning.integrations.huggingface import push_to_hub
+
+    sent = {}
+
+    class Api:
+        def create_repo(self, repo, **options):
+            sent["repo"] = repo, options
+
+        def upload_folder(self, *, repo_id, folder_path, commit_message):
+            sent["config"] = transformers.BertConfig.from_pretrained(folder_path)
+            return f"https://hub/{repo_id}/commit/1"
+
+    monkeypatch.setattr(hub, "HfApi", Api)
+    model = build("bert")
+    prune(model, "bert", 0.75)
+    assert push_to_hub(model, "me/small", private=True) == "https://hub/me/small/commit/1"
+    assert sent["repo"] == ("me/small", {"exist_ok": True, "private": True})
+    assert sent["config"].intermediate_size < 64

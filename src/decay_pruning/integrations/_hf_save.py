@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], example_inputs: Any =
         ) from None
     inputs = _inputs(model, as_inputs(example_inputs) if example_inputs is not None else _made_up(model))
     target = Path(folder)
+    new_folder = not target.exists()
     try:
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target, prefix=".decay-pruning-") as scratch:
@@ -87,8 +89,13 @@ def save(model: nn.Module, folder: str | os.PathLike[str], example_inputs: Any =
             _write(model, config, new)
             difference = _proven(model, new, Path(scratch), inputs)
             _move(new, target)
-    except OSError as error:
-        raise ManifestError(f"cannot write {target}: {error.strerror or error}") from error
+    except BaseException as error:
+        if new_folder:
+            with suppress(OSError):
+                target.rmdir()
+        if isinstance(error, OSError):
+            raise ManifestError(f"cannot write {target}: {error.strerror or error}") from error
+        raise
     logger.info("%s: loads with stock %s, difference %g", target, type(model).__name__, difference)
     return difference
 
