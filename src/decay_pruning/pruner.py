@@ -10,15 +10,15 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from typing import Annotated, Any, Literal
+from dataclasses import asdict, replace
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from decay_pruning import copies, optimizers, proof, surgery
-from decay_pruning.budget import Cost, CostModel, Target, as_target
+from decay_pruning.budget import WITHIN, Cost, CostModel, Target, amount, as_target
 from decay_pruning.checks import Count, Whole, as_inputs, checked
 from decay_pruning.decay import SmoothPruning
 from decay_pruning.engine import Engine, Event
@@ -34,6 +34,7 @@ from decay_pruning.structures import Picks, StructureSet
 
 logger = logging.getLogger("decay_pruning")
 
+T = TypeVar("T")
 _Smooth = Annotated[SmoothPruning | None, "SmoothPruning(), or None for its defaults"]
 _Rectify = Annotated[SelfRectifying | None, "SelfRectifying(), or None for never"]
 _OnEvent = Annotated[Callable[[Event], None] | None, "a function that takes an Event, or None"]
@@ -126,7 +127,7 @@ class Pruner:
 
         self.graph = self.host.graph(model, example_inputs)
         self.original: StructureSet = self.graph.structures
-        self._costs = CostModel(model, example_inputs, self.original)
+        self._costs = CostModel(model, example_inputs, self.original, self.target)
         self.before: Cost = self._costs.now
         self.engine = Engine(
             self.original, lambda: self._parameters, self._optimizer, self.smooth, rectify, on_event
@@ -209,6 +210,8 @@ class Pruner:
             raise BudgetError(self._how_far())
         if self.engine.held:
             self._told(self._remove)
+            if not self.done:  # measured, it is not what was predicted
+                raise BudgetError(self._how_far())
         self._detach()
         return self.report()
 
@@ -225,8 +228,7 @@ class Pruner:
 
     def __repr__(self) -> str:
         given_up = f"; given up: {self._given_up}" if self._given_up else ""
-        goal = f"{self.target.of} to {100 * self.target.keep:.3g} %"
-        return f"Pruner({type(self.host).__name__}, {goal}: {self.progress()}{given_up})"
+        return f"Pruner({type(self.host).__name__}, {self.target}: {self.progress()}{given_up})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ConfigError(
@@ -251,6 +253,8 @@ class Pruner:
             macs=(self.before.macs, self._costs.now.macs),
             params=(self.before.params, self._costs.now.params),
             structures=(len(self.original), len(self.structures)),
+            latency=_pair(self.before.latency, self._costs.now.latency),
+            memory=_pair(self.before.memory, self._costs.now.memory),
             picked=counts.picked,
             decayed=counts.decayed,
             released=counts.released,
@@ -327,7 +331,7 @@ class Pruner:
                 copies.prune_like(each, self.model)
         structures = self.original.without(state["removed"])
         self.engine.structures = structures
-        self._costs = CostModel(self.model, self._inputs(), structures)
+        self._costs = CostModel(self.model, self._inputs(), structures, self.target, self._costs)
         self.before = Cost(**state["before"])
         self._round = checked(state["round"], Count, "round")
         self._due = checked(state["due"], Count, "due")
@@ -390,7 +394,7 @@ class Pruner:
         with torch.random.fork_rng(devices=[]):  # an importance can be random: training must not notice
             for share in _REPLACED:
                 try:
-                    picks = self._picker.pick(scene, Goal(self.target.of, (1 - share) * left))
+                    picks = self._picker.pick(scene, replace(self._goal(1.0), at_most=(1 - share) * left))
                 except BudgetError:
                     break
                 parts.append(_less(picks, {key for part in parts for key in as_keys(part)}))
@@ -493,7 +497,7 @@ class Pruner:
             copies.prune_like(each, self.model)
         copies.let_averages_follow(self.model)
         self.engine.removed(left)
-        self._costs = CostModel(self.model, self._inputs(), left)
+        self._costs = CostModel(self.model, self._inputs(), left, self.target, self._costs)
         self._finished_at = self.engine.step
 
     def _inputs(self) -> Any:
@@ -535,7 +539,9 @@ class Pruner:
     def _goal(self, way: float) -> Goal:
         """The absolute figure to reach after this part of the way (0 … 1) to the target."""
         before = getattr(self.before, self.target.of)
-        return Goal(self.target.of, before * (self.target.keep * way + (1 - way)))
+        within = WITHIN if self.target.of == "latency" else 0.0
+        at_most = self.target.at_most(before) * way + before * (1 - way)
+        return Goal(self.target.of, at_most, self.target.weighs, within)
 
     def _scene(self) -> Scene:
         return Scene(
@@ -560,7 +566,10 @@ class Pruner:
     def _how_far(self) -> str:
         left = self._costs.now if self.removal == "at once" else self._cost_left()
         now, before = (getattr(c, self.target.of) for c in (left, self.before))
-        share = f"{100 * now / before:.1f} % of {self.target.of} are left, the target is {100 * self.target.keep:.1f} %"
+        wanted = self.target.at_most(before)
+        share = f"{100 * now / before:.1f} % of {self.target.of} are left, the target is {100 * wanted / before:.1f} %"
+        if self.target.of in ("latency", "memory"):
+            share = f"{share}: {amount(self.target.of, now)}, not {amount(self.target.of, wanted)}"
         if self.engine.decaying:
             return (
                 f"{len(self.engine.decaying)} structures are still decaying at step {self.engine.step} ({share}): "
@@ -599,6 +608,10 @@ class Pruner:
                     f"{self.host.rounds} rounds of {self.smooth.steps} steps after a start at {self.start} do not fit "
                     f"into total_steps = {self.total_steps}"
                 )
+
+
+def _pair(before: T | None, after: T | None) -> tuple[T, T] | None:
+    return None if before is None or after is None else (before, after)
 
 
 def _count(picks: Picks) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from decay_pruning.budget import Cost, CostModel, Quantity
-from decay_pruning.checks import Count, NotNegative, check, did_you_mean, shown
+from decay_pruning.checks import Count, NotNegative, Share, check, did_you_mean, shown
 from decay_pruning.errors import ConfigError
 from decay_pruning.graph import Graph
 from decay_pruning.structures import Picks, StructureSet
@@ -30,19 +30,24 @@ class Goal:
     """What a pick has to reach.
 
     Attributes:
-        of: "macs", "params" or "structures".
-        at_most: how much of it may be left, in absolute figures.
+        of: "macs", "params", "structures", "latency" or "memory".
+        at_most: how much of it may be left, in absolute figures (seconds, bytes).
+        weighs: whether scores are weighed by what a structure costs of it, see `Target.per_cost`.
+        within: how far a measured latency may lie above it.
     """
 
     of: Quantity
     at_most: NotNegative
+    weighs: bool = False
+    within: Share = 0.0
 
     def __post_init__(self) -> None:
         check(self, "goal")
 
     def met(self, cost: Cost) -> bool:
         """Whether a model of this cost is small enough."""
-        return float(getattr(cost, self.of)) <= self.at_most
+        within = self.within if cost.measured else 0.0
+        return float(getattr(cost, self.of)) <= self.at_most * (1 + within)
 
 
 @dataclass(frozen=True)

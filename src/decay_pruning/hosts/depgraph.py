@@ -68,14 +68,16 @@ class DepGraph:
             default, with others. Not used with a function of yours.
         reduction: how the values of the layers of a layer group are put together; None for "sum" with "magnitude-l1",
             and "mean", torch-pruning's default, with others.
-        per: rank by score, or by score per MAC or parameter that a structure costs.
+        per: rank by score, or by score per MAC, parameter, second or byte that a structure costs; "structure" leaves
+            that to `Target.per_cost`.
         scope: "global" ranks over all layer groups, "local" takes the same share of each.
         ignored: modules that keep their width: dotted names.
         heads: layers whose outputs are attention heads → number of heads; a structure is then the same offset in
             every head.
         allow_inexact: also prune where removal changes the function by its nature (a width under LayerNorm).
         min_kept: structures (int) or share (float) of a layer group that always stays.
-        round_to: what stays of each layer group is a multiple of this, rounded up.
+        round_to: what stays of each layer group is a multiple of this, rounded up; None for 1, and with a target of
+            latency for the steps in which each width makes a difference on this machine.
         rounds: in how many equal parts of the way the target is approached.
         interval: optimizer steps of plain training between two rounds.
         sparse: group regulariser on all structures until the first pick (give the pruner a `start`).
@@ -93,7 +95,7 @@ class DepGraph:
     heads: Mapping[str, Whole] = field(default_factory=dict)
     allow_inexact: bool = False
     min_kept: MinKept = 1
-    round_to: Whole = 1
+    round_to: Whole | None = None
     rounds: Whole = 1
     interval: Count = 0
     sparse: SparseLearning | None = None
