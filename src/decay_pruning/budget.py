@@ -54,10 +54,10 @@ Kept = Annotated[float, above(0, below=1, what="the fraction to keep")]
 #: A number of a unit, such as "12 ms".
 Amount = Annotated[str, 'an amount such as "12 ms" or "300 MiB"']
 _SECONDS = {"us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0}
-_BYTES = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 1e3, "mb": 1e6, "gb": 1e9}
+_BYTES: dict[str, float] = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 1e3, "mb": 1e6, "gb": 1e9}
 _UNITS: dict[str, tuple[dict[str, float], str]] = {
     "latency": (_SECONDS, "12 ms"),
-    "memory": (cast(dict[str, float], _BYTES), "300 MiB"),
+    "memory": (_BYTES, "300 MiB"),
 }
 
 
@@ -97,8 +97,8 @@ class Target:
 
     def __post_init__(self) -> None:
         for name in _UNITS:
-            value = getattr(self, name)
-            if isinstance(value, Real) and not isinstance(value, bool) and not 0 < float(value) < 1:
+            value: Any = getattr(self, name)
+            if isinstance(value, Real) and not isinstance(value, bool) and not 0 < cast(Any, value) < 1:
                 raise ConfigError(
                     f"target.{name} must be between 0 and 1 as the fraction to keep, or an amount such as "
                     f"{_UNITS[name][1]!r}; got {shown(value)}"
@@ -157,7 +157,9 @@ def _parsed(of: str, text: str) -> float:
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e-?[0-9]+)?)\s*([^\W\d]+)\s*", text, re.IGNORECASE)
     unit = found and units.get(found[2].lower())
     if not found or not unit or not 0 < float(found[1]) < math.inf:
-        raise ConfigError(f"target.{of} is an amount such as {example!r} (in {', '.join(units)}), not {text!r}")
+        raise ConfigError(
+            f"target.{of} is an amount such as {example!r} (in {', '.join(units)}), not {text!r}"
+        )
     return float(found[1]) * unit
 
 
@@ -333,7 +335,9 @@ class CostModel:
         if self._latency is None:
             return None
         picks = {
-            name: self._structures.groups[name].ids[mask].tolist() for name, mask in removed.items() if mask.any()
+            name: self._structures.groups[name].ids[mask].tolist()
+            for name, mask in removed.items()
+            if mask.any()
         }
         self._latency.try_out(picks, self._kept(removed))
         return self.after(removed)

@@ -1,8 +1,8 @@
 """The memory that a forward pass takes at its peak: weights, buffers, inputs and what is alive of the activations.
 
-It is counted from the sizes of the tensors, so it is the same at every run and on every device. What a kernel takes for
-itself while it runs (workspaces) is not in it. Tensors grow with the widths that made them (see `counting`), so the peak
-is known for other widths, too, wherever it then is.
+It is counted from the sizes of the tensors, so it is the same at every run and on every device. What a kernel takes
+for itself while it runs (workspaces) is not in it. Tensors grow with the widths that made them (see `counting`), so the
+peak is known for other widths, too, wherever it then is.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ class MemoryModel:
         seen = _Storages()
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             seen.enter(tensor, {(name, d): 1.0 for d in range(tensor.ndim)})
-        count(model, example_inputs, seen.see)  # the inputs come by as well
+        for tensor in tree_leaves(example_inputs):  # a copy of them comes by
+            if isinstance(tensor, Tensor):
+                seen.leave_out(tensor)
+        count(model, example_inputs, seen.see)
         self._makers = list(seen.kinds)
         self._kind = np.array([kind for kind, _ in seen.events])
         self._bytes = np.array([size for _, size in seen.events], dtype=np.float64)
@@ -67,6 +70,10 @@ class _Storages:
 
         self._alive[key] = weakref.ref(storage, leave)
         self.events.append(event)
+
+    def leave_out(self, tensor: Tensor) -> None:
+        """What the model never sees."""
+        self._alive[tensor.untyped_storage()._cdata] = weakref.ref(tensor.untyped_storage())
 
     def see(self, ledger: Ledger, name: str, args: Sequence[Any], kwargs: Any, out: Any) -> None:
         """The results of an operator."""

@@ -71,7 +71,10 @@ class PruningReport:
             return f"{pair[0]:,} -> {pair[1]:,} ({100 * pair[1] / max(1, pair[0]):.1f} %)"
 
         timed = []
-        for name, pair, unit, word in (("latency", self.latency, 1e-3, "ms"), ("memory", self.memory, 2**20, "MiB")):
+        for name, pair, unit, word in (
+            ("latency", self.latency, 1e-3, "ms"),
+            ("memory", self.memory, 2**20, "MiB"),
+        ):
             if pair is not None:
                 a, b = (value / unit for value in pair)
                 timed.append(f"{name:<10}  {a:.4g} -> {b:.4g} {word} ({100 * b / a:.1f} %)")

@@ -191,7 +191,9 @@ class Pruner:
 
     def plan(self) -> Plan:
         """What the host would pick for the whole target now; nothing is touched."""
-        return Plan.of(self.structures, self._picker.pick(self._scene(), self._goal(1.0)), self._costs)
+        return Plan.of(
+            self.structures, self._picker.pick(self._scene(), self._goal(1.0, try_out=True)), self._costs
+        )
 
     def finish(self, *, force: bool = False) -> PruningReport:
         """End pruning: check the target, take the hooks off the optimizer, and report.
@@ -361,7 +363,7 @@ class Pruner:
         """
         if self.host.rounds or not self._wanting():
             return False
-        picks = self._ask(self._picker.moved, self._goal(1.0))
+        picks = self._ask(self._picker.moved, self._goal(1.0, try_out=True))
         if not any(len(ids) for ids in picks.values()):
             return True
         self._check_widths(picks)
@@ -463,7 +465,7 @@ class Pruner:
             return ask(self._scene(), goal)
 
     def _choose(self, goal: Goal) -> Picks:
-        picks = self._ask(self._picker.pick, goal)
+        picks = self._ask(self._picker.pick, replace(goal, try_out=True))
         if not any(len(ids) for ids in picks.values()):
             raise BudgetError(f"the host picked nothing. {self._how_far()}")
         self._check_widths(picks)
@@ -536,12 +538,12 @@ class Pruner:
         of_round = round(whole / max(1, self.host.rounds))
         return max(1, min(of_round, round(self.smooth.steps * max(left, 0)) or 1))
 
-    def _goal(self, way: float) -> Goal:
+    def _goal(self, way: float, *, try_out: bool = False) -> Goal:
         """The absolute figure to reach after this part of the way (0 … 1) to the target."""
         before = getattr(self.before, self.target.of)
         within = WITHIN if self.target.of == "latency" else 0.0
         at_most = self.target.at_most(before) * way + before * (1 - way)
-        return Goal(self.target.of, at_most, self.target.weighs, within)
+        return Goal(self.target.of, at_most, self.target.weighs, within, try_out)
 
     def _scene(self) -> Scene:
         return Scene(

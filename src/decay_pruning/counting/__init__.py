@@ -10,4 +10,16 @@ from decay_pruning.counting._count import See, count
 from decay_pruning.counting._makers import VIEWS, Axis, Makers, joined
 from decay_pruning.counting._products import EINSTEIN, RULES, Ledger, Product, spelled
 
-__all__ = ["EINSTEIN", "RULES", "VIEWS", "Axis", "Ledger", "Makers", "Product", "See", "count", "joined", "spelled"]
+__all__ = [
+    "EINSTEIN",
+    "RULES",
+    "VIEWS",
+    "Axis",
+    "Ledger",
+    "Makers",
+    "Product",
+    "See",
+    "count",
+    "joined",
+    "spelled",
+]

@@ -22,7 +22,6 @@ from decay_pruning.keeping import eager, unwritten
 from decay_pruning.proof import copied
 from decay_pruning.surgery import call, untouched
 
-
 #: What is told of every operator: the ledger, its name, its arguments by position and by name, and its result.
 See = Callable[[Ledger, str, Sequence[Any], dict[str, Any], Any], None]
 

@@ -34,12 +34,14 @@ class Goal:
         at_most: how much of it may be left, in absolute figures (seconds, bytes).
         weighs: whether scores are weighed by what a structure costs of it, see `Target.per_cost`.
         within: how far a measured latency may lie above it.
+        try_out: whether a pick is put on the clock before it is taken, where latency is the goal.
     """
 
     of: Quantity
     at_most: NotNegative
     weighs: bool = False
     within: Share = 0.0
+    try_out: bool = False
 
     def __post_init__(self) -> None:
         check(self, "goal")

@@ -317,7 +317,8 @@ class _TickTock(Picker):
             quota -= gates[name]
         if share is None or goal.met(scene.costs.after(allowed)):
             scene = replace(scene, find_eligible=lambda: allowed)
-            return choose(scene, scores, replace(goal, weighs=False), round_to=1)
+            goal = replace(goal, weighs=False)
+            return choose(scene, scores, goal, round_to=1, strict=share is None)
         if not ranked:
             raise BudgetError(
                 "no gate is left that may be picked: every layer has come down to host.min_kept"

@@ -124,7 +124,7 @@ def choose(
     while not goal.met(cost(owner.numel())) and not round_to and max(steps.values(), default=1) > 1:
         steps = {name: max(1, step // 2) for name, step in steps.items()}  # in such steps it is out of reach
     low = least()
-    for _ in range(_TRIALS if goal.of == "latency" and goal.met(cost(low)) else 0):
+    for _ in range(_TRIALS if goal.try_out and goal.of == "latency" and goal.met(cost(low)) else 0):
         predicted, tried = cost(low), scene.costs.try_out(gone(low))
         if tried is None or _alike(predicted, tried):
             break
@@ -149,7 +149,9 @@ def choose(
     }
 
 
-def weighed(scene: Scene, scores: Mapping[str, Tensor], goal: Goal, per: Per = "structure") -> dict[str, Tensor]:
+def weighed(
+    scene: Scene, scores: Mapping[str, Tensor], goal: Goal, per: Per = "structure"
+) -> dict[str, Tensor]:
     """Scores by what a structure costs, for every host: of two that score alike, the dearer goes first.
 
     A score below zero asks for the structure to go, so a dearer one lies further below.

@@ -1,4 +1,4 @@
-"""The latency of a model, now and after a removal: the table says how it changes, and the whole model how much it is."""
+"""The latency of a model, now and after a removal: a table says how it changes, the whole model how much it is."""
 
 from __future__ import annotations
 
@@ -45,10 +45,17 @@ class LatencyModel:
         runtime: Runtime,
         like: LatencyModel | None = None,
     ) -> None:
-        self._model, self._inputs, self._structures, self._runtime = model, example_inputs, structures, runtime
+        self._model, self._inputs, self._structures, self._runtime = (
+            model,
+            example_inputs,
+            structures,
+            runtime,
+        )
         device = next(model.parameters()).device
-        self.table = like.table if like is not None and like.table.device == device else Table(runtime, device)
-        self.bend = like.bend if like is not None else 1.0
+        self.table: Table = (
+            like.table if like is not None and like.table.device == device else Table(runtime, device)
+        )
+        self.bend: float = like.bend if like is not None else 1.0
         self._uses = uses(model, example_inputs)
         self._seen: dict[tuple[int, tuple[float, ...]], float] = {}
         self._trials: dict[frozenset[tuple[Place, float]], float] = {}
@@ -69,7 +76,9 @@ class LatencyModel:
     def step(self, name: str) -> int:
         """The step of a layer group's width below which narrower is not faster: that of the costliest work with it."""
         if name not in self._steps:
-            places = {c.place for c in self._structures.groups[name].couplings if c.role is not Role.ATTRIBUTE}
+            places = {
+                c.place for c in self._structures.groups[name].couplings if c.role is not Role.ATTRIBUTE
+            }
             self._steps[name] = self._step(places)
             self.table.save()
         return self._steps[name]
@@ -107,9 +116,7 @@ class LatencyModel:
         if not found:
             return 1
         dearest = max(cost for cost, _, _ in found)
-        return max(
-            self.table.step(self._uses[n].work, i) for cost, n, i in found if cost >= dearest / 2
-        )
+        return max(self.table.step(self._uses[n].work, i) for cost, n, i in found if cost >= dearest / 2)
 
     def _cut_and_timed(self, removed: Picks) -> float | None:
         try:

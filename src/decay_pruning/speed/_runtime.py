@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -66,7 +66,7 @@ class Compiled(Eager):
 
     def whole(self, model: nn.Module, example_inputs: Any) -> float:
         """A forward pass of the compiled model."""
-        compiled = torch.compile(model, dynamic=False)
+        compiled = cast(nn.Module, torch.compile(model, dynamic=False))
         return statistics.quantiles(passes(compiled, example_inputs, seconds=_WHOLE), n=4)[0]
 
 
@@ -90,7 +90,12 @@ def as_runtime(runtime: Any) -> Runtime:
 
 
 def passes(
-    model: nn.Module, example_inputs: Any, *, repeats: int | None = None, warmup: int = _WARMUP, seconds: float = 0.0
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    repeats: int | None = None,
+    warmup: int = _WARMUP,
+    seconds: float = 0.0,
 ) -> list[float]:
     """Seconds of forward passes in evaluation mode, on the device that the model is on; it is left as it was.
 

@@ -69,9 +69,7 @@ def uses(model: nn.Module, example_inputs: Any) -> list[Use]:
     """
     found: dict[Any, Use] = {}
 
-    def see(
-        ledger: Ledger, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any
-    ) -> None:
+    def see(ledger: Ledger, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
         for use in _of(ledger, name, args, kwargs, out):
             key = use.work, tuple(tuple(sorted(makers.items())) for makers in use.makers)
             found[key] = replace(use, times=found[key].times + 1) if key in found else use
@@ -80,9 +78,7 @@ def uses(model: nn.Module, example_inputs: Any) -> list[Use]:
     return list(found.values())
 
 
-def _of(
-    ledger: Ledger, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any
-) -> Iterable[Use]:
+def _of(ledger: Ledger, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Iterable[Use]:
     if name in VIEWS:
         return
     if name in ("aten::convolution", "aten::_convolution", "aten::convolution_overrideable"):
@@ -225,8 +221,10 @@ def _convolve(work: Work, made: Made) -> Callable[[], Any]:
     if work.get("channels_last"):
         x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
     b = made(weight[1] * groups if turned else weight[0]) if work.get("bias") else None
-    how = [list(work.get(name)) for name in ("stride", "padding", "dilation")]
-    return lambda: torch.convolution(x, w, b, *how, turned, list(work.get("output_padding")), groups)
+    stride, padding, dilation, more = (
+        list(work.get(name)) for name in ("stride", "padding", "dilation", "output_padding")
+    )
+    return lambda: torch.convolution(x, w, b, stride, padding, dilation, turned, more, groups)
 
 
 def _multiply(work: Work, made: Made) -> Callable[[], Any]:
