@@ -291,3 +291,14 @@ def test_amounts(text, seconds):
 
 def test_amounts_of_memory():
     assert Target(memory="1.5 MiB").at_most(1) == 1.5 * 2**20 and Target(memory="2 MB").at_most(1) == 2e6
+
+
+@pytest.mark.parametrize(("round_to", "told"), [(None, True), (8, False)])
+def test_a_plan_of_macs_says_what_odd_widths_waste(round_to, told):
+    """A third of each of two widths of 64 and one of 32 goes: 43 costs what 48 costs."""
+    model = net()
+    host = DepGraph(scope="local", round_to=round_to)
+    pruner = Pruner(model, X, torch.optim.SGD(model.parameters(), lr=0.1), Target(macs=0.45), host=host,
+                    smooth=SmoothPruning(steps=2), total_steps=9)  # fmt: skip
+    plan = pruner.plan()
+    assert ("odd widths" in str(plan)) == told == (plan.wasted > 0.15)
