@@ -11,6 +11,7 @@ import re
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from numbers import Real
 from typing import Annotated, Any, Literal, cast, get_args
 
@@ -116,7 +117,7 @@ class Target:
         if self.of != "latency" and self.runtime != "eager":
             raise ConfigError(f"target.runtime is for latency, not for {self.of}")
 
-    @property
+    @cached_property
     def of(self) -> Quantity:
         """What is counted."""
         return next(name for name in get_args(Quantity) if getattr(self, name) is not None)

@@ -82,13 +82,12 @@ class Exchange:
         """With the gradients of this step, which are `scale` times too large."""
         if self.batch is None:
             return self
-        gradients = {name: p.grad for name, p in parameters.items()}
-        _, products, _ = self.batch.moments(parameters, gradients)
+        gradients = {name: parameters[name].grad for name in self.batch.tensors}
+        product = self.batch.moments_per_slot(parameters, gradients, only_product=True)[0]
         if scale is not None:
-            products = products / scale
-        now = self.batch.per_slot(products).square()
+            product = product / scale
         seen = self.seen + 1
-        return replace(self, worth=self.worth + (now - self.worth) / seen, seen=seen)
+        return replace(self, worth=torch.lerp(self.worth, product.square_(), 1 / seen), seen=seen)
 
     def releases(
         self, keys: Sequence[Key], worth: Sequence[float], fading: Mapping[str, Tensor], margin: float = 1.0

@@ -14,7 +14,6 @@ from decay_pruning.errors import ConfigError
 from decay_pruning.hosts import DepGraph, Host, as_host
 from decay_pruning.structures import Picks, StructureSet
 
-
 #: Widths that most machines work in, and the share of the saving from which on others are worth a word.
 _EVEN, _MUCH = 8, 0.15
 

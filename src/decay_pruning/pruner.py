@@ -127,6 +127,7 @@ class Pruner:
 
         self.graph = self.host.graph(model, example_inputs)
         self.original: StructureSet = self.graph.structures
+        self._goals: dict[tuple[Cost, float, bool], Goal] = {}
         self._costs = CostModel(model, example_inputs, self.original, self.target)
         self.before: Cost = self._costs.now
         self.engine = Engine(
@@ -343,6 +344,12 @@ class Pruner:
 
     # -- the engine's driver ---------------------------------------------------------------------------------
 
+    def rests(self) -> bool:
+        """Whether there is nothing to do in this step: nothing to pick yet or any more, for a host that only picks."""
+        if not self._picker.rests or self._waiting or self.engine.step - self._attached_at < 3:
+            return False
+        return self.engine.step < self._due or self._goal(1.0).met(self._costs.now)
+
     def before_step(self) -> None:
         """Pick, when it is time; hosts that time themselves pick in `moved`."""
         self._check_parameters()
@@ -540,10 +547,14 @@ class Pruner:
 
     def _goal(self, way: float, *, try_out: bool = False) -> Goal:
         """The absolute figure to reach after this part of the way (0 … 1) to the target."""
+        key = self.before, way, try_out
+        if (known := self._goals.get(key)) is not None:
+            return known
         before = getattr(self.before, self.target.of)
         within = WITHIN if self.target.of == "latency" else 0.0
         at_most = self.target.at_most(before) * way + before * (1 - way)
-        return Goal(self.target.of, at_most, self.target.weighs, within, try_out)
+        goal = self._goals[key] = Goal(self.target.of, at_most, self.target.weighs, within, try_out)
+        return goal
 
     def _scene(self) -> Scene:
         return Scene(

@@ -138,22 +138,72 @@ class _Flat:
         # On a CPU fresh memory costs more than the arithmetic (page faults), so results go to memory that is kept.
         # A GPU's allocator keeps its memory by itself.
         self._kept: dict[str, Tensor] | None = {} if device.type == "cpu" else None
+        self._alike: tuple[torch.dtype, torch.device] | None = None  # of all views
+        self._by_slot: tuple[Tensor, Tensor] | None = None
+        self._parts: tuple[Tensor, list[Tensor]] | None = None  # of the joined memory, tensor by tensor
 
     def read(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> _Joined:
         """The elements of all slices; valid until the next call."""
         aliases = self._aliases(tensors)
-        joined = self._join(aliases, dtype)
+        joined = self._join(aliases, dtype, self._alike)
         return _Joined(aliases, joined, self._pick(joined, "a"))
 
     def read_others(
         self, others: Mapping[str, Tensor | None], tensors: Mapping[str, Tensor], dtype: torch.dtype
     ) -> Tensor:
         """The same elements of other tensors (gradients), zero where one is absent; valid until the next call."""
-        flat = []
-        for name in self.names:
-            other = dense(others.get(name))
-            flat.append((torch.zeros_like(tensors[name]) if other is None else other).reshape(-1))
-        return self._pick(self._join(flat, dtype), "b")
+        return self._pick(self._join_others(others, tensors, dtype), "b")
+
+    def moments_per_slot(
+        self,
+        others: Mapping[str, Tensor | None],
+        tensors: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        of_slice: Tensor,
+        slots: int,
+        only_product: bool,
+    ) -> Tensor:
+        """⟨a, b⟩ of each structure, or ⟨a, a⟩, ⟨a, b⟩ and ⟨b, b⟩: (1 or 3, slots), in a few kernels."""
+        order, offsets = self._slot_order(of_slice, slots)
+        a = self._join(self._aliases(tensors), dtype, self._alike).index_select(0, order)
+        b = self._join_others(others, tensors, dtype).index_select(0, order)
+        if only_product:
+            return torch.segment_reduce(a.mul_(b), "sum", offsets=offsets[: slots + 1], unsafe=True)[None]
+        products = torch.empty(3, a.numel(), dtype=dtype, device=a.device)
+        for pair, out in zip(((a, a), (a, b), (b, b)), products, strict=True):
+            torch.mul(*pair, out=out)
+        return torch.segment_reduce(products.view(-1), "sum", offsets=offsets, unsafe=True).view(3, slots)
+
+    def _slot_order(self, of_slice: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+        """The elements, slot by slot, and where each slot begins: three times over, one after the other."""
+        if self._by_slot is None:
+            slot = of_slice[: self.slices].cpu()[self._slice.cpu().long()]
+            ends = torch.bincount(slot, minlength=slots).cumsum(0)
+            ends = torch.cat([ends + i * self.size for i in range(3)])
+            device = self._elements.device
+            order = self._elements[torch.argsort(slot, stable=True).to(device)]
+            self._by_slot = order, torch.cat([ends.new_zeros(1), ends]).to(device)
+        return self._by_slot
+
+    def _join_others(
+        self, others: Mapping[str, Tensor | None], tensors: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> Tensor:
+        """Other tensors (gradients) as vectors, joined; zero where one is absent."""
+        flat = [others.get(name) for name in self.names]
+        if self._total <= _SMALL["cpu"] or self._kept is None:
+            try:  # all there and dense: one call; a copy of this size is cheaper than looking at each
+                return self._to(torch._C._nn.flatten_dense_tensors(flat), dtype)
+            except (TypeError, RuntimeError):
+                pass
+        whole = [
+            torch.zeros_like(tensors[n]) if (d := dense(o)) is None else d
+            for n, o in zip(self.names, flat, strict=True)
+        ]
+        return self._join([each.reshape(-1) for each in whole], dtype)
+
+    def _to(self, joined: Tensor, dtype: torch.dtype) -> Tensor:
+        device = self._elements.device
+        return joined if joined.dtype == dtype and joined.device == device else joined.to(device, dtype)
 
     def dot(self, a: Tensor, b: Tensor) -> Tensor:
         """⟨a, b⟩ of each slice."""
@@ -197,12 +247,17 @@ class _Flat:
         if pointers != self._pointers:
             self._views = [t.detach().reshape(-1) for t in whole]
             self._strided = [i for i, t in enumerate(whole) if not t.is_contiguous()]
+            kinds = {(t.dtype, t.device) for t in whole}
+            self._alike = kinds.pop() if len(kinds) == 1 else None
             self._pointers = [] if self._strided else pointers
         return self._views
 
-    def _join(self, flat: list[Tensor], dtype: torch.dtype) -> Tensor:
+    def _join(
+        self, flat: list[Tensor], dtype: torch.dtype, alike: tuple[torch.dtype, torch.device] | None = None
+    ) -> Tensor:
+        """One vector of all; `alike` is what they all are, if that is known."""
         device = self._elements.device
-        if any(t.dtype != dtype or t.device != device for t in flat):
+        if alike != (dtype, device) and any(t.dtype != dtype or t.device != device for t in flat):
             flat = [t.to(device, dtype) for t in flat]
         return torch.cat(flat, out=self._memory("joined", self._total, dtype))
 
@@ -211,7 +266,12 @@ class _Flat:
         return torch.index_select(joined, 0, self._elements, out=memory)
 
     def _write(self, tensors: Mapping[str, Tensor], now: _Joined) -> None:
-        parts = list(now.joined.split(self._numels))
+        if self._kept is None:
+            parts = list(now.joined.split(self._numels))
+        else:  # it is the same memory every time
+            if self._parts is None or self._parts[0] is not self._kept.get("joined"):
+                self._parts = self._kept["joined"], list(now.joined.split(self._numels))
+            parts = self._parts[1]
         torch._foreach_copy_(now.aliases, parts)
         for i in self._strided:
             tensor = tensors[self.names[i]]
@@ -287,6 +347,8 @@ class SliceBatch:
         tensors: parameters by name. Couplings to anything else are left out.
         roles: the roles that take part. A layer group that has none of them takes part with all its parameters.
     """
+
+    _names: list[str] | None = None
 
     def __init__(
         self, structures: StructureSet, picks: Picks, tensors: Mapping[str, Tensor], roles: Iterable[Role]
@@ -385,7 +447,7 @@ class SliceBatch:
         if not parts:
             nothing = torch.zeros(0, dtype=self.dtype, device=self.device)
             parts = [[nothing, nothing, nothing]]
-        squares, *rest = (torch.cat(each) for each in zip(*parts, strict=True))
+        squares, *rest = _joined(parts)
         return Reading(squares.sqrt_(), flat, *(rest if since is not None else ()))
 
     @torch.no_grad()
@@ -413,12 +475,35 @@ class SliceBatch:
         if not parts:
             nothing = torch.zeros(0, dtype=self.dtype)
             return nothing, nothing, nothing
-        aa, ab, bb = (torch.cat(part) for part in zip(*parts, strict=True))
+        aa, ab, bb = _joined(parts)
         return aa, ab, bb
+
+    @torch.no_grad()
+    def moments_per_slot(
+        self,
+        tensors: Mapping[str, Tensor],
+        others: Mapping[str, Tensor | None],
+        *,
+        only_product: bool = False,
+    ) -> Tensor:
+        """⟨a, a⟩, ⟨a, b⟩ and ⟨b, b⟩ of every structure, shape (3, slots), or ⟨a, b⟩ alone, (1, slots)."""
+        if type(self) is SliceBatch and self._flat is not None and not self._blocks:
+            return self._flat.moments_per_slot(
+                others, tensors, self.dtype, self.slice_slot, self.slots, only_product
+            )
+        found = self.moments(tensors, others)
+        return torch.stack([self.per_slot(each) for each in (found[1:2] if only_product else found)])
 
     def per_slot(self, values: Tensor) -> Tensor:
         """Sum over the slices of each structure: (slices,) → (slots,)."""
         return self._slot_sums(values)
+
+    @property
+    def tensors(self) -> Sequence[str]:
+        """The tensors that have slices, each once."""
+        if self._names is None:
+            self._names = list(dict.fromkeys(name for name, _ in self.places))
+        return self._names
 
     def moved(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether the tensors have gone to another device, so that the index maps must be made anew."""
@@ -451,7 +536,7 @@ class SliceBatch:
         """
         if self._flat is not None and now.flat is not None:
             self._flat.scale_(tensors, now.flat, factors[: self._flat.slices])
-        each = factors[self._position_slice].split(self._position_counts)
+        each = factors[self._position_slice].split(self._position_counts) if self._blocks else ()
         for block, factor in zip(self._blocks, each, strict=True):
             tensor = tensors[block.tensor]
             block.scale_(tensor, factor.to(tensor.device))
@@ -475,6 +560,11 @@ class SliceBatch:
     def _home(self, values: Tensor) -> Tensor:
         same = values.dtype == self.dtype and values.device == self.device
         return values if same else values.to(self.device, self.dtype)
+
+
+def _joined(parts: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
+    """What was found in small tensors and in large ones, side by side."""
+    return parts[0] if len(parts) == 1 else [torch.cat(each) for each in zip(*parts, strict=True)]
 
 
 def taking_part(group: LayerGroup, tensors: Mapping[str, Tensor], roles: frozenset[Role]) -> list[Coupling]:

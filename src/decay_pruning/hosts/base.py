@@ -134,6 +134,12 @@ class Picker:
     themselves (`Host.rounds` is 0) say in `moved` what starts to fade, also while earlier picks still do.
     """
 
+    @property
+    def rests(self) -> bool:
+        """Whether it only picks, and wants nothing of steps in which nothing fades and nothing is picked."""
+        takes_part = ("add_gradients", "moved", "after_step", "may_remove")
+        return all(getattr(type(self), name) is getattr(Picker, name) for name in takes_part)
+
     def attach(self, scene: Scene) -> None:
         """Before any training: the time to change how the model computes, but not what."""
 

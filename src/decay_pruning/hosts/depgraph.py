@@ -146,6 +146,10 @@ class _Ranking(Picker):
         self._regulariser = GroupRegulariser(host.sparse) if host.sparse is not None else None
         self._activations = Activations() if host.importance == "activation" else None
 
+    @property
+    def rests(self) -> bool:
+        return self._regulariser is None and self._activations is None
+
     def attach(self, scene: Scene) -> None:
         if self._activations is not None:
             self._activations.attach(scene.model, scene.structures)
