@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -189,17 +189,16 @@ class _Flat:
         self, others: Mapping[str, Tensor | None], tensors: Mapping[str, Tensor], dtype: torch.dtype
     ) -> Tensor:
         """Other tensors (gradients) as vectors, joined; zero where one is absent."""
-        flat = [others.get(name) for name in self.names]
+        flat: list[Any] = [others.get(name) for name in self.names]
         if self._total <= _SMALL["cpu"] or self._kept is None:
             try:  # all there and dense: one call; a copy of this size is cheaper than looking at each
                 return self._to(torch._C._nn.flatten_dense_tensors(flat), dtype)
             except (TypeError, RuntimeError):
                 pass
-        whole = [
-            torch.zeros_like(tensors[n]) if (d := dense(o)) is None else d
-            for n, o in zip(self.names, flat, strict=True)
-        ]
-        return self._join([each.reshape(-1) for each in whole], dtype)
+        for i, name in enumerate(self.names):
+            other = dense(flat[i])
+            flat[i] = (torch.zeros_like(tensors[name]) if other is None else other).reshape(-1)
+        return self._join(flat, dtype)
 
     def _to(self, joined: Tensor, dtype: torch.dtype) -> Tensor:
         device = self._elements.device

@@ -20,7 +20,7 @@ _WARMUP = 3
 #: A whole model is timed for so many seconds, and so many times at least and at most.
 _WHOLE, _LEAST, _MOST = 1.0, 5, 100
 #: A single work: seconds in all, and the fewest repetitions.
-_WORK, _WORKS = 0.01, 3
+_WORK, _WORKS = 0.01, 5
 
 
 class Runtime(Protocol):

@@ -82,7 +82,7 @@ class Table:
             return self.at(replace(work, sizes=tuple(size if i == axis else n for i, n in enumerate(near))))
 
         for step in STEPS:
-            if step > top // 2:
+            if step > top // 4:  # coarser ones are not told from noise
                 continue
             high, low, middle = at(top), at(top - step), at(top - step // 2)
             rise = high - low
