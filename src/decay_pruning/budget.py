@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from decay_pruning.checks import Count, Whole, above, as_inputs, check, checked, shown
 from decay_pruning.counting import count
 from decay_pruning.errors import ConfigError
-from decay_pruning.memory import MemoryModel
+from decay_pruning.peak import MemoryModel
 from decay_pruning.proof import mapped
 from decay_pruning.speed import LatencyModel, Runtime, as_runtime, passes
 from decay_pruning.structures import Picks, Place, Role, StructureSet
