@@ -78,8 +78,8 @@ class Target:
             kept on disk; measured at the end, and met within 5 %.
         memory: peak of a forward pass without gradients: weights, inputs and what is alive of the activations.
         batch: size of the batch for latency and memory, made by repeating the example inputs; None for theirs.
-        runtime: what the latency is of: "eager", "compiled" (`torch.compile`), or a function of yours, (model, example
-            inputs) → seconds.
+        runtime: what the latency is of: "eager" (None), "compiled" (`torch.compile`), or a function of yours, (model,
+            example inputs) → seconds.
         per_cost: whether the host's scores are weighed by what a structure costs of this, so that of two that score
             alike the dearer goes first; None for yes with latency and memory, and for no with the others.
 
@@ -93,7 +93,7 @@ class Target:
     latency: Kept | Amount | None = None
     memory: Kept | Amount | None = None
     batch: Whole | None = None
-    runtime: Literal["eager", "compiled"] | Callable[[nn.Module, Any], float] | Runtime = "eager"
+    runtime: Literal["eager", "compiled"] | Callable[[nn.Module, Any], float] | Runtime | None = None
     per_cost: bool | None = None
 
     def __post_init__(self) -> None:
@@ -114,7 +114,7 @@ class Target:
             _parsed(self.of, value)
         if self.of not in _UNITS and self.batch is not None:
             raise ConfigError(f"target.batch is for latency and memory, not for {self.of}")
-        if self.of != "latency" and self.runtime != "eager":
+        if self.of != "latency" and self.runtime is not None:
             raise ConfigError(f"target.runtime is for latency, not for {self.of}")
 
     @cached_property

@@ -134,6 +134,10 @@ class TorchPruning:
         start: int,
         on_event: Callable[[Event], None],
     ) -> None:
+        if target.of in ("latency", "memory"):
+            raise ConfigError(
+                f"torch-pruning's arms know no target of {target.of}: macs, params or structures"
+            )
         self._model, self._example, self._optimizer, self._target = model, example, optimizer, target
         self._host, self._on_event = checked(host), on_event
         structures = self._host.graph(model, example).structures

@@ -83,6 +83,8 @@ class Own(Eager):
 
 def as_runtime(runtime: Any) -> Runtime:
     """A runtime by name, as a function that times a model, or as it is."""
+    if runtime is None:
+        return Eager()
     if isinstance(runtime, str):
         return {"eager": Eager, "compiled": Compiled}[runtime]()
     whole: Runtime = runtime if hasattr(runtime, "whole") else Own(runtime)
