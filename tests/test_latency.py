@@ -181,7 +181,7 @@ def test_times_are_measured_once_for_all_runs(folder):
         table = Table(clock, CPU)
         table.seconds(WORK, (100, 50)), table.step(WORK, 0)
         table.save()
-    assert clocks[0].works >= 8 and clocks[1].works == 0
+    assert clocks[0].works > 4 and clocks[1].works == 0
     assert [path.suffix for path in folder.iterdir()] == [".json"]  # and no scratch file
 
 

@@ -26,7 +26,7 @@ from decay_pruning.exchange import Exchange, Replacements
 from decay_pruning.fading import Fading, Key, Numbers, as_keys, as_picks
 from decay_pruning.optimizers import with_closure
 from decay_pruning.rectify import SelfRectifying
-from decay_pruning.slices import Reading, SliceBatch
+from decay_pruning.slices import Gradients, Reading, SliceBatch
 from decay_pruning.structures import Picks, Role, StructureSet
 from decay_pruning.watch import Network, Watch
 
@@ -185,11 +185,17 @@ class Engine:
             self._regroup([self._fading])
         if self._driver is not None:
             self._driver.before_step()
-        if self._fading is not None and self._watch is not None:
-            network = Network(self.structures, self._parameters(), self._optimizer, self.smooth.roles)
-            self._watch.before(self._fading, self.step, network, self.fading(), scale)
+        watch = self._watch
+        if self._fading is not None and watch is not None and watch.wants(self._fading, self.step) is None:
+            watch.rest()
+            self._exchange = None
+        elif self._fading is not None and watch is not None:
+            parameters = self._parameters()
+            gradients = Gradients(parameters)
+            network = Network(self.structures, parameters, self._optimizer, self.smooth.roles, gradients)
+            watch.before(self._fading, self.step, network, self.fading(), scale)
             if self.rectify is not None and self.rectify.exchanges:
-                self._compare(self._fading, self._watch, scale)
+                self._compare(self._fading, watch, gradients, scale)
         if self._driver is not None:
             self._driver.add_gradients(scale)
 
@@ -503,7 +509,7 @@ class Engine:
         picked, released = self._pick_sizes[begun]
         return self.rectify is not None and released < self.rectify.most(picked)
 
-    def _compare(self, fading: Fading, watch: Watch, scale: Tensor | None) -> None:
+    def _compare(self, fading: Fading, watch: Watch, gradients: Gradients, scale: Tensor | None) -> None:
         """Weigh what the host would take in place of what decays, while a verdict on that is coming."""
         watched = watch.wants(fading, self.step)
         if watched is None or self._driver is None or not self._is_rectified(fading, watched):
@@ -513,7 +519,7 @@ class Engine:
         if self._exchange is None or self._exchange.structures is not self.structures:
             offer = self._driver.replacements()
             self._exchange = Exchange.of(self.structures, offer, parameters, self.smooth.roles)
-        self._exchange = self._exchange.read(parameters, scale)
+        self._exchange = self._exchange.read(parameters, gradients, scale)
 
     def _is_rectified(self, fading: Fading, watched: list[bool]) -> bool:
         """Whether any structure of these cohorts can be released."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from decay_pruning.errors import ConfigError
 from decay_pruning.fading import Key, as_keys
-from decay_pruning.slices import SliceBatch
+from decay_pruning.slices import Gradients, SliceBatch
 from decay_pruning.structures import Picks, Role, StructureSet
 
 
@@ -78,11 +78,10 @@ class Exchange:
         )
         return cls(structures, offer, batch, worth)
 
-    def read(self, parameters: Mapping[str, Tensor], scale: Tensor | None) -> Exchange:
+    def read(self, parameters: Mapping[str, Tensor], gradients: Gradients, scale: Tensor | None) -> Exchange:
         """With the gradients of this step, which are `scale` times too large."""
         if self.batch is None:
             return self
-        gradients = {name: parameters[name].grad for name in self.batch.tensors}
         product = self.batch.moments_per_slot(parameters, gradients, only_product=True)[0]
         if scale is not None:
             product = product / scale

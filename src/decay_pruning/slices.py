@@ -25,6 +25,18 @@ from decay_pruning.structures import (
 )
 
 
+class Gradients(dict[str, "Tensor | None"]):
+    """The gradients of a step by name of the parameter, and what several batches have read of them and of the weights.
+
+    Attributes:
+        joined: names of small tensors, dtype → the weights and their gradients, each joined to one vector.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        super().__init__({name: p.grad for name, p in parameters.items()})
+        self.joined: dict[tuple[tuple[str, ...], torch.dtype], tuple[Tensor, Tensor]] = {}
+
+
 class Values(NamedTuple):
     """The elements of all slices of a batch as they once were: of the small tensors together, of each large one."""
 
@@ -139,6 +151,7 @@ class _Flat:
         # A GPU's allocator keeps its memory by itself.
         self._kept: dict[str, Tensor] | None = {} if device.type == "cpu" else None
         self._alike: tuple[torch.dtype, torch.device] | None = None  # of all views
+        self._key = tuple(self.names)
         self._by_slot: tuple[Tensor, Tensor] | None = None
         self._parts: tuple[Tensor, list[Tensor]] | None = None  # of the joined memory, tensor by tensor
 
@@ -165,8 +178,13 @@ class _Flat:
     ) -> Tensor:
         """⟨a, b⟩ of each structure, or ⟨a, a⟩, ⟨a, b⟩ and ⟨b, b⟩: (1 or 3, slots), in a few kernels."""
         order, offsets = self._slot_order(of_slice, slots)
-        a = self._join(self._aliases(tensors), dtype, self._alike).index_select(0, order)
-        b = self._join_others(others, tensors, dtype).index_select(0, order)
+        whole = others.joined.get((self._key, dtype)) if isinstance(others, Gradients) else None
+        if whole is None:
+            weights = self._join(self._aliases(tensors), dtype, self._alike)
+            whole = weights, self._join_others(others, tensors, dtype, into="joined others")
+            if isinstance(others, Gradients):
+                others.joined[self._key, dtype] = whole
+        a, b = (each.index_select(0, order) for each in whole)
         if only_product:
             return torch.segment_reduce(a.mul_(b), "sum", offsets=offsets[: slots + 1], unsafe=True)[None]
         products = torch.empty(3, a.numel(), dtype=dtype, device=a.device)
@@ -186,7 +204,11 @@ class _Flat:
         return self._by_slot
 
     def _join_others(
-        self, others: Mapping[str, Tensor | None], tensors: Mapping[str, Tensor], dtype: torch.dtype
+        self,
+        others: Mapping[str, Tensor | None],
+        tensors: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        into: str = "joined",
     ) -> Tensor:
         """Other tensors (gradients) as vectors, joined; zero where one is absent."""
         flat: list[Any] = [others.get(name) for name in self.names]
@@ -198,7 +220,7 @@ class _Flat:
         for i, name in enumerate(self.names):
             other = dense(flat[i])
             flat[i] = (torch.zeros_like(tensors[name]) if other is None else other).reshape(-1)
-        return self._join(flat, dtype)
+        return self._join(flat, dtype, into=into)
 
     def _to(self, joined: Tensor, dtype: torch.dtype) -> Tensor:
         device = self._elements.device
@@ -252,13 +274,17 @@ class _Flat:
         return self._views
 
     def _join(
-        self, flat: list[Tensor], dtype: torch.dtype, alike: tuple[torch.dtype, torch.device] | None = None
+        self,
+        flat: list[Tensor],
+        dtype: torch.dtype,
+        alike: tuple[torch.dtype, torch.device] | None = None,
+        into: str = "joined",
     ) -> Tensor:
         """One vector of all; `alike` is what they all are, if that is known."""
         device = self._elements.device
         if alike != (dtype, device) and any(t.dtype != dtype or t.device != device for t in flat):
             flat = [t.to(device, dtype) for t in flat]
-        return torch.cat(flat, out=self._memory("joined", self._total, dtype))
+        return torch.cat(flat, out=self._memory(into, self._total, dtype))
 
     def _pick(self, joined: Tensor, into: str) -> Tensor:
         memory = self._memory(into, self._elements.numel(), joined.dtype)
@@ -346,8 +372,6 @@ class SliceBatch:
         tensors: parameters by name. Couplings to anything else are left out.
         roles: the roles that take part. A layer group that has none of them takes part with all its parameters.
     """
-
-    _names: list[str] | None = None
 
     def __init__(
         self, structures: StructureSet, picks: Picks, tensors: Mapping[str, Tensor], roles: Iterable[Role]
@@ -496,13 +520,6 @@ class SliceBatch:
     def per_slot(self, values: Tensor) -> Tensor:
         """Sum over the slices of each structure: (slices,) → (slots,)."""
         return self._slot_sums(values)
-
-    @property
-    def tensors(self) -> Sequence[str]:
-        """The tensors that have slices, each once."""
-        if self._names is None:
-            self._names = list(dict.fromkeys(name for name, _ in self.places))
-        return self._names
 
     def moved(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether the tensors have gone to another device, so that the index maps must be made anew."""

@@ -14,7 +14,7 @@ from decay_pruning.decay import joint
 from decay_pruning.fading import Fading
 from decay_pruning.rectify import SelfRectifying
 from decay_pruning.resistance import Parallel, Resistance, c_rate, of_gradient, worth
-from decay_pruning.slices import Reading, SliceBatch, Values
+from decay_pruning.slices import Gradients, Reading, SliceBatch, Values
 from decay_pruning.structures import Role, StructureSet
 
 
@@ -25,6 +25,7 @@ class Network(NamedTuple):
     parameters: Mapping[str, Tensor]
     optimizer: Optimizer
     roles: frozenset[Role]
+    gradients: Gradients
 
 
 class Watch:
@@ -49,6 +50,10 @@ class Watch:
     def forget(self) -> None:
         """A step was given up: read everything anew."""
         self.kept = self._kept_of = self._parallel = self._now = None
+
+    def rest(self) -> None:
+        """Nothing is observed in this step."""
+        self._now = None
 
     def kept_of(self, batch: SliceBatch) -> Values | None:
         """What is remembered of this batch."""
@@ -80,7 +85,7 @@ class Watch:
         if wanted is None:
             return
         batch, sources = fading.batch, self._rectify.sources
-        gradients = {name: network.parameters[name].grad for name in batch.tensors}
+        gradients = network.gradients
         found: dict[str, Tensor] = {}
         if "gradient" in sources:
             found |= self._of_gradient(fading, network, gradients, scale)
