@@ -597,7 +597,7 @@ class Pruner:
     def _check_parameters(self) -> None:
         """The model still has the parameters that the pruner was built with."""
         for names, leaf, thing, name in self._links:
-            if leaf not in names or names[leaf] is not thing:
+            if names.get(leaf) is not thing:
                 raise ConfigError(
                     f"{name!r} is not what it was when the pruner was built (a layer or weight was replaced, or the "
                     "model moved in a way that makes new ones): build another pruner"
