@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import warnings
@@ -132,7 +133,7 @@ def _written(model: nn.Module, inputs: Any, path: Path, to: Format) -> bool:
     first: Exception | None = None
     for given, dim in ((pair, torch.export.Dim("batch")), (inputs, None)):
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _quiet("torch.onnx"):
                 warnings.simplefilter("ignore")
                 _WRITERS[to](model, given, path, _shapes(given, dim))
         except Exception as error:  # whatever the exporter meets in the model
@@ -141,6 +142,18 @@ def _written(model: nn.Module, inputs: Any, path: Path, to: Format) -> bool:
         return dim is not None
     message = " ".join(str(first).split())[:300]
     raise ExportError(f"the model cannot be exported: {type(first).__name__}: {message}") from first
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Without what an exporter says of packages that nobody needs."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
