@@ -10,10 +10,17 @@ Per model, with a tenth of all structures decaying:
   idle    a pruner whose first pick is still to come
   peer    torch-pruning's own group regulariser (`GroupNormPruner.regularize`), once per step
 Each figure is the median over repeats, in turn with forward + backward.
+
+    python benchmarks/step_cost.py --models tiny --out results/step-cost-tiny.json
+
+`tiny` is 56 layers so narrow that arithmetic is nothing: what is left is the host's side. Beside the shortest step it
+tells how many kernels one dispatches (views left out), and how many of them copy between host and device. Its arms are
+SP, SR by |<g, x>| and by exchange (while it is observed, and after its verdict), and a pruner that waits.
 """
 
 from __future__ import annotations
 
+import copy
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,10 +31,19 @@ import torch
 import torch_pruning as tp
 from timing import clock, options, record
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from decay_pruning import Custom, Goal, Picks, Pruner, Scene, SelfRectifying, SmoothPruning, Target
 from decay_pruning.lab import models
 
+#: Operators that only look at memory in another way, or make room.
+VIEWS = frozenset(
+    f"aten::{name}"
+    for name in ("slice", "select", "view", "unbind", "split_with_sizes", "detach", "unsqueeze", "empty", "to", "alias",
+                 "resolve_conj", "resolve_neg", "lift_fresh", "as_strided", "expand", "reshape", "numpy_T")
+)  # fmt: skip
+#: Operators that make the host wait for the device.
+READS = frozenset(("aten::item", "aten::is_nonzero", "aten::_local_scalar_dense"))
 CASES: dict[str, tuple[str, int]] = {
     "resnet56": ("resnet56", 32),
     "resnet50": ("resnet50", 224),
@@ -118,6 +134,46 @@ def bench(name: str, batch: int, device: torch.device, repeats: int) -> dict[str
     return row
 
 
+def tiny(device: torch.device, repeats: int) -> dict[str, Any]:
+    """The host's side of a step."""
+    torch.manual_seed(0)
+    parts = [(nn.Conv2d(10, 10, 1), nn.BatchNorm2d(10), nn.ReLU()) for _ in range(56)]
+    blank = nn.Sequential(*(layer for part in parts for layer in part), nn.Flatten(), nn.Linear(10, 2))
+    long = SmoothPruning(steps=10**9)
+    first = SelfRectifying(criterion="first_order", warmup=0.0, judge_from=0.5)
+    arms: dict[str, tuple[int, SmoothPruning, SelfRectifying | None]] = {
+        "sp": (0, long, None),
+        "first_order": (0, long, first),
+        "exchange": (0, long, SelfRectifying(warmup=0.0, judge_from=0.5)),
+        "exchange_after": (0, long, SelfRectifying(warmup=0.0, judge_from=1e-9)),
+        "idle": (10**9, long, SelfRectifying()),
+    }
+    row: dict[str, Any] = {"model": "tiny", "seconds": {}, "kernels": {}, "copies": {}}
+    for arm, (start, smooth, rectify) in arms.items():
+        model, x = copy.deepcopy(blank).to(device), torch.randn(8, 10, 1, 1, device=device)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        pruner = Pruner(model, x[:1], optimizer, Target(structures=0.9), host=Custom(tenth), start=start,
+                        smooth=smooth, rectify=rectify)  # fmt: skip
+        model(x).square().mean().backward()
+        for _ in range(5):
+            step(pruner)
+        row["seconds"][arm] = min(clock(device, partial(step, pruner)) for _ in range(100 * repeats))
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            step(pruner)
+        outer = [e for e in seen.events() or () if e.name.startswith("aten::") and not _inside(e)]
+        row["kernels"][arm] = sum(e.name not in VIEWS for e in outer)
+        row["copies"][arm] = sum(e.name in READS or _copies(e) for e in outer)
+    return row
+
+
+def _inside(event: Any) -> bool:
+    return event.cpu_parent is not None and event.cpu_parent.name.startswith("aten::")
+
+
+def _copies(event: Any) -> bool:
+    return event.name == "aten::to" and any(e.name == "aten::_to_copy" for e in event.cpu_children)
+
+
 def memory(device: torch.device, forward_backward: Callable[[], None], pruner: Pruner) -> dict[str, float]:
     """Peak bytes of a training step with the engine at work, and how much of it the engine adds."""
     torch.cuda.reset_peak_memory_stats(device)
@@ -140,9 +196,14 @@ def memory(device: torch.device, forward_backward: Callable[[], None], pruner: P
 
 def main() -> None:
     """Run the cases and write one JSON file, after each of them."""
-    args = options(__doc__, 5, list(CASES))
+    args = options(__doc__, 5, [*CASES, "tiny"])
     rows = []
     for name in args.models:
+        if name == "tiny":
+            rows.append(tiny(torch.device(args.device), args.repeats))
+            print(f"tiny: {rows[-1]}", flush=True)
+            record(args, {"rows": rows})
+            continue
         row = bench(name, args.batch, torch.device(args.device), args.repeats)
         rows.append(row)
         shares = "  ".join(f"{arm} {100 * share:.3f} %" for arm, share in row["ratio"].items())

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from decay_pruning import BudgetError, DepGraph, SelfRectifying, SmoothPruning, Target, reference
 from decay_pruning.exchange import Exchange, Replacements
+from decay_pruning.slices import Gradients
 from decay_pruning.structures import Role
 
 from .registry import start
@@ -120,7 +121,7 @@ def test_a_live_structure_is_worth_what_its_gradient_says():
             if scale is not None:
                 for p in parameters.values():
                     p.grad *= scale
-            seen = seen.read(parameters, scale)
+            seen = seen.read(parameters, Gradients(parameters), scale)
         assert seen.worth.tolist() == pytest.approx(list(expected.values()))
 
 

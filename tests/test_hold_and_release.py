@@ -1,5 +1,7 @@
 """Zeros are held; released structures stay and cool down, and others take their place."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -180,6 +182,16 @@ def test_a_criterion_that_is_a_figure_releases_the_largest():
     stayed = [values["first_order"] for values in run.pruner.engine.resistance().values()]
     assert len(released) == int(0.3 * picked) == picked - len(stayed)
     assert min(released) >= max(stayed)
+    alike, events = (
+        replace(by_first_order, criterion=lambda seen, _: seen.first_order),
+        [],
+    )  # measures all figures
+    run = start("plain", "depgraph", rectify=alike, smooth=smooth, on_event=events.append)
+    for _ in range(5):
+        run.step()
+    assert [v for e in events if e.kind == "released" for v in e.values["first_order"]] == pytest.approx(
+        released
+    )
     by_length = [v for e in events if e.kind == "released" for v in e.values["regrowth"]]
     assert min(by_length) < max(values["regrowth"] for values in run.pruner.engine.resistance().values())
 

@@ -67,6 +67,7 @@ RESULTS = {
     "Coupling",
     "Event",
     "LayerGroup",
+    "Exported",
     "Plan",
     "Progress",
     "PruningReport",

@@ -6,7 +6,7 @@ report = pruner.finish()
 """
 
 from decay_pruning import schedules
-from decay_pruning.budget import Cost, Target, latency, measure
+from decay_pruning.budget import Cost, Target, latency, measure, memory
 from decay_pruning.copies import prune_like
 from decay_pruning.decay import SmoothPruning
 from decay_pruning.engine import Event
@@ -15,11 +15,13 @@ from decay_pruning.errors import (
     ConfigError,
     DataError,
     DecayPruningError,
+    ExportError,
     GraphError,
     ManifestError,
     SurgeryError,
     WriteError,
 )
+from decay_pruning.exporting import Exported, export
 from decay_pruning.hosts import (
     Custom,
     DepGraph,
@@ -53,6 +55,8 @@ __all__ = [
     "DecayPruningError",
     "DepGraph",
     "Event",
+    "ExportError",
+    "Exported",
     "GateDecorator",
     "Goal",
     "GraphError",
@@ -78,10 +82,12 @@ __all__ = [
     "Target",
     "WriteError",
     "choose",
+    "export",
     "inspect",
     "latency",
     "load",
     "measure",
+    "memory",
     "prune_like",
     "save",
     "schedules",

@@ -5,6 +5,7 @@ decay-pruning run recipes/digits.toml --set prune.epochs=20
 decay-pruning compare recipes/digits.toml --seeds 5
 decay-pruning report runs/digits/result.json
 decay-pruning --version
+decay-pruning export runs/digits/models/sr-0.safetensors --model digits-cnn --to onnx
 """
 
 from __future__ import annotations
@@ -212,8 +213,46 @@ class Report:
             console.print(f"figure  {self.figure}")
 
 
+@dataclass
+class Export:
+    """Write a pruned model in a form that runs without its code, checked against it and timed."""
+
+    file: Positional[Path]
+    """What `save` or `run` wrote: model.safetensors."""
+    model: str
+    """What it was pruned from: a model of the zoo, such as resnet56, or module:function for your own."""
+    to: Literal["onnx", "torch"] = "onnx"
+    """ONNX, checked by onnxruntime, or a program of torch.export."""
+    out: Path | None = None
+    """The new file; beside the other one if not given."""
+    inputs: str | None = None
+    """module:function that returns example inputs; one image if not given."""
+    size: int | None = None
+    """Height and width of its images."""
+    channels: int | None = None
+    """Channels of its images."""
+    classes: int | None = None
+    """Outputs."""
+
+    def main(self, console: Console) -> None:
+        from decay_pruning import export, load
+        from decay_pruning.lab import models, own
+
+        mine = ":" in self.model
+        channels, size, _ = (3, 224, 224) if mine else models.example_shape(self.model)
+        channels, size = self.channels or channels, self.size or size
+        model = models.build(self.model, classes=self.classes, channels=channels, size=size, seed=0)
+        load(model, self.file)
+        inputs = torch.randn(1, channels, size, size)
+        if self.inputs is not None:
+            inputs = own.call(own.find(self.inputs, "inputs"), f"inputs {self.inputs!r}", {}, {})
+        out = self.out or self.file.with_suffix({"onnx": ".onnx", "torch": ".pt2"}[self.to])
+        console.print(str(export(model, inputs, out, self.to)), soft_wrap=True)
+
+
 Command = (
     Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Run_, tyro.conf.subcommand("run")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Report, tyro.conf.subcommand("report")]

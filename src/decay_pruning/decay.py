@@ -108,7 +108,9 @@ def joint(batch: SliceBatch, norms: Tensor) -> Tensor:
     return batch.per_slot(norms.square()).sqrt()
 
 
-def factors(batch: SliceBatch, norms: Tensor, start: Tensor, left: Tensor, smooth: SmoothPruning) -> Tensor:
+def factors(
+    batch: SliceBatch, norms: Tensor, start: Tensor, left: Tensor | float, smooth: SmoothPruning
+) -> Tensor:
     """What each slice of decaying structures is multiplied by, shape (slices,).
 
     All norms are taken before anything is scaled, so the order of structures does not matter.
@@ -117,12 +119,13 @@ def factors(batch: SliceBatch, norms: Tensor, start: Tensor, left: Tensor, smoot
         batch: the decaying structures.
         norms: norm of each slice now, shape (slices,).
         start: the same at the pick.
-        left: fraction of the norm that is left, shape (slots,).
+        left: fraction of the norm that is left, shape (slots,), or one for all.
         smooth: bound and projection.
     """
     if smooth.bound == "joint":
         return _onto(joint(batch, norms), left * joint(batch, start), smooth.projection)[batch.slice_slot]
-    return _onto(norms, left[batch.slice_slot] * start, smooth.projection)
+    of_slice = left[batch.slice_slot] if isinstance(left, Tensor) else left
+    return _onto(norms, of_slice * start, smooth.projection)
 
 
 def _onto(norm: Tensor, target: Tensor, projection: Projection) -> Tensor:

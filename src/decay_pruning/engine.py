@@ -10,7 +10,6 @@ The engine knows structures, decay and rectifying. It does not know models, laye
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ from decay_pruning.exchange import Exchange, Replacements
 from decay_pruning.fading import Fading, Key, Numbers, as_keys, as_picks
 from decay_pruning.optimizers import with_closure
 from decay_pruning.rectify import SelfRectifying
-from decay_pruning.slices import Reading, SliceBatch
+from decay_pruning.slices import Gradients, Reading, SliceBatch
 from decay_pruning.structures import Picks, Role, StructureSet
 from decay_pruning.watch import Network, Watch
 
@@ -57,6 +56,9 @@ class Event:
 
 class Driver(Protocol):
     """Who decides what the engine works on."""
+
+    def rests(self) -> bool:
+        """Whether it has nothing to do in a step in which nothing decays."""
 
     def before_step(self) -> None:
         """Gradients are ready, nothing has moved: the time to pick."""
@@ -179,7 +181,7 @@ class Engine:
         found_inf = getattr(self._optimizer, "found_inf", None)
         self._ready = found_inf is None or not bool(found_inf.item())
         self._ready = self._ready and not self._only_for_state()
-        if self._ready:
+        if self._ready and not self._rests():
             self._whole(self._before_step)
             self.tell()
 
@@ -195,20 +197,38 @@ class Engine:
             self._regroup([self._fading])
         if self._driver is not None:
             self._driver.before_step()
-        if self._fading is not None and self._watch is not None:
-            network = Network(self.structures, self._parameters(), self._optimizer, self.smooth.roles)
-            self._watch.before(self._fading, self.step, network, self.fading(), scale)
+        watch = self._watch
+        if self._fading is not None and watch is not None and watch.wants(self._fading, self.step) is None:
+            watch.rest()
+            self._exchange = None
+        elif self._fading is not None and watch is not None:
+            parameters = self._parameters()
+            gradients = Gradients(parameters)
+            network = Network(self.structures, parameters, self._optimizer, self.smooth.roles, gradients)
+            watch.before(self._fading, self.step, network, self.fading(), scale)
             if self.rectify is not None and self.rectify.exchanges:
-                self._compare(self._fading, self._watch, scale)
+                self._compare(self._fading, watch, gradients, scale)
         if self._driver is not None:
             self._driver.add_gradients(scale)
 
     def after_step(self) -> None:
         """Judge, decay, hold."""
-        if self._ready:
-            self._ready = False
-            self._whole(self._after_step)
-            self.tell()
+        if not self._ready:
+            return
+        self._ready = False
+        if self._rests():
+            self.step += 1
+            return
+        self._whole(self._after_step)
+        self.tell()
+
+    def _rests(self) -> bool:
+        return (
+            self._fading is None
+            and self._holding is None
+            and self._driver is not None
+            and self._driver.rests()
+        )
 
     def _after_step(self) -> None:
         reading = None
@@ -250,8 +270,9 @@ class Engine:
         """The book-keeping as it is, for `restore`."""
         names = ("structures", "step", "counts", "held", "_fading", "_holding", "_picks_made", "_pick_sizes",
                  "_free_again", "_on_the_way", "_untold", "_exchange", "_weighed")  # fmt: skip
-        kinds = (dict, list, Counts)
-        return {n: copy.copy(v) if isinstance(v := getattr(self, n), kinds) else v for n in names}
+        book = {name: getattr(self, name) for name in names}
+        copies = {n: v.copy() for n, v in book.items() if isinstance(v, dict | list)}
+        return book | copies | {"counts": Counts(**vars(self.counts))}
 
     def restore(self, book: Mapping[str, Any]) -> None:
         """The book-keeping as it was; what is watched is read anew."""
@@ -419,13 +440,16 @@ class Engine:
         self._holding = self._batch(self.held, Role) if self.held else None
         self._fading = None
         if state["fading"] is not None:
-            if list(state.get("figures", self._figures)) != self._figures:
+            measured = list(state.get("figures", self._figures))
+            if not set(self._figures) <= set(measured) or (measured and not self._figures):
                 raise ConfigError(
                     f"SR had measured {state['figures'] or 'nothing'} there, and measures "
                     f"{self._figures or 'nothing'} here"
                 )
             batch = self._batch(state["fading"]["picks"])
-            self._fading = Fading.from_state(batch, state["fading"], len(self._figures))
+            fading = Fading.from_state(batch, state["fading"], len(measured))
+            rows = [measured.index(name) for name in self._figures]
+            self._fading = fading.with_averages(fading.mean[rows], fading.seen)
             if set(self.decaying) & set(as_keys(self.held)):
                 raise ConfigError("a structure both decays and is held")
             self._load_weights(self._fading.batch, state["kept"])
@@ -454,54 +478,70 @@ class Engine:
         batch, parameters = fading.batch, self._parameters()
         released = self._judge(fading)
         cohorts, number = fading.cohorts
-        left = [self.smooth.left(self.step - begun, steps) for begun, steps in cohorts]
-        per_slot = torch.tensor(left, dtype=batch.dtype)[number].to(batch.device)
+        left = fading.of_cohorts([self.smooth.left(self.step - begun, steps) for begun, steps in cohorts])
         reading = batch.read(parameters) if reading is None else reading
         if any(self.step - begun in (1, steps) for begun, steps in cohorts):
             reading = reading._replace(norms=self._agree(reading.norms))
-        shrink = factors(batch, reading.norms, fading.start, per_slot, self.smooth)
-        if bool(released.any()):
+        shrink = factors(batch, reading.norms, fading.start, left, self.smooth)
+        if released is not None:
             shrink = torch.where(released.to(batch.device)[batch.slice_slot], 1.0, shrink)
         keep = self._watch is not None and self._watch.needs_weights(fading, self.step)
         values = batch.scale_(parameters, reading, shrink, keep=keep)
         if self._watch is not None:
             self._watch.keep(batch, values)
-        ended = torch.tensor([self.step - begun >= steps for begun, steps in cohorts])[number]
-        if bool(released.any()):
+        over = [self.step - begun >= steps for begun, steps in cohorts]
+        ended = torch.tensor(over)[number] if any(over) else None
+        if released is not None:
             self._release(fading, released)
-        if bool(ended.any()):
+        if ended is not None:
             self._hold(fading, ended)
-        if bool((released | ended).any()):
-            self._regroup([fading], leave=released | ended)
+        leave = [each for each in (released, ended) if each is not None]
+        if leave:
+            self._regroup([fading], leave=torch.stack(leave).any(0))
 
-    def _judge(self, fading: Fading) -> Tensor:
-        """Which structures are released now, shape (slots,), on the CPU. The last step never judges."""
-        nothing = torch.zeros(fading.batch.slots, dtype=torch.bool)
+    def _judge(self, fading: Fading) -> Tensor | None:
+        """Which structures are released now, shape (slots,), on the CPU; None for none. The last step never judges."""
         if self.rectify is None or self._watch is None:
-            return nothing
+            return None
         cohorts, number = fading.cohorts
-        judged = torch.tensor([self.rectify.judges(self.step - begun, steps) for begun, steps in cohorts])
-        candidates = judged[number] & fading.rectified & fading.seen.gt(0)
+        judged = [
+            self.rectify.judges(self.step - begun, steps) and self._may_release(begun)
+            for begun, steps in cohorts
+        ]
+        if not any(judged):  # nothing is asked of the device in such a step
+            return None
+        candidates = torch.tensor(judged)[number] & fading.rectified & fading.seen.gt(0)
         if not bool(candidates.any()):
-            return nothing
+            return None
         strength = self._agree(self.rectify.strength(self._watch.averages(fading))).cpu()
         candidates &= strength.gt(-torch.inf)
         if self.rectify.exchanges:
             candidates = self._exchanged(fading, candidates, strength)
-        return self._most_resistant(fading, candidates, strength, self.rectify)
+        released = self._most_resistant(fading, candidates, strength, self.rectify)
+        return released if bool(released.any()) else None
 
-    def _compare(self, fading: Fading, watch: Watch, scale: Tensor | None) -> None:
+    def _may_release(self, begun: int) -> bool:
+        """Whether the pick that was made in this step may lose more of its structures."""
+        picked, released = self._pick_sizes[begun]
+        return self.rectify is not None and released < self.rectify.most(picked)
+
+    def _compare(self, fading: Fading, watch: Watch, gradients: Gradients, scale: Tensor | None) -> None:
         """Weigh what the host would take in place of what decays, while a verdict on that is coming."""
         self._weighed = None
         watched = watch.wants(fading, self.step)
-        if watched is None or self._driver is None or not bool((watched & fading.rectified).any()):
+        if watched is None or self._driver is None or not self._is_rectified(fading, watched):
             self._exchange = None
             return
         parameters = self._parameters()
         if self._exchange is None or self._exchange.structures is not self.structures:
             offer = self._driver.replacements()
             self._exchange = Exchange.of(self.structures, offer, parameters, self.smooth.roles)
-        self._weighed = self._exchange.later(parameters, scale)
+        self._weighed = self._exchange.later(parameters, gradients, scale)
+
+    def _is_rectified(self, fading: Fading, watched: list[bool]) -> bool:
+        """Whether any structure of these cohorts can be released."""
+        rectified = fading.rectified.numpy()
+        return any(w and rectified[fading.cohorts[1].numpy() == c].any() for c, w in enumerate(watched))
 
     def _exchanged(self, fading: Fading, candidates: Tensor, worth: Tensor) -> Tensor:
         """Those of the candidates that are worth more than what would go in their place."""

@@ -31,3 +31,7 @@ class DataError(DecayPruningError):
 
 class WriteError(DecayPruningError, OSError):
     """A file or folder cannot be written, or another process works on it; what was there is as it was."""
+
+
+class ExportError(DecayPruningError):
+    """A model cannot be exported, or its export computes something else."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from decay_pruning import shards
 from decay_pruning.errors import ConfigError
 from decay_pruning.fading import Key, as_keys
-from decay_pruning.slices import SliceBatch
+from decay_pruning.slices import Gradients, SliceBatch
 from decay_pruning.structures import Picks, Role, StructureSet
 
 
@@ -79,23 +79,22 @@ class Exchange:
         )
         return cls(structures, offer, batch, worth)
 
-    def read(self, parameters: Mapping[str, Tensor], scale: Tensor | None) -> Exchange:
+    def read(self, parameters: Mapping[str, Tensor], gradients: Gradients, scale: Tensor | None) -> Exchange:
         """With the gradients of this step, which are `scale` times too large."""
-        return self.later(parameters, scale)()
+        return self.later(parameters, gradients, scale)()
 
-    def later(self, parameters: Mapping[str, Tensor], scale: Tensor | None) -> Callable[[], Exchange]:
+    def later(
+        self, parameters: Mapping[str, Tensor], gradients: Gradients, scale: Tensor | None
+    ) -> Callable[[], Exchange]:
         """`read` with the gradients as they are now, when it is asked for."""
-        batch = self.batch
-        if batch is None:
+        if self.batch is None:
             return lambda: self
-        gradients = {name: p.grad for name, p in parameters.items()}
-        moments = batch.moments_later(parameters, gradients)
+        products = self.batch.moments_per_slot_later(parameters, gradients, only_product=True)
 
         def found() -> Exchange:
-            _, products, _ = moments()
-            now = batch.per_slot(products if scale is None else products / scale).square()
+            product = products()[0] if scale is None else products()[0] / scale
             seen = self.seen + 1
-            return replace(self, worth=self.worth + (now - self.worth) / seen, seen=seen)
+            return replace(self, worth=torch.lerp(self.worth, product.square(), 1 / seen), seen=seen)
 
         return found
 

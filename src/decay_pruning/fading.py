@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,10 +62,32 @@ class Fading:
         pairs, number = torch.unique(torch.stack([self.begun, self.steps]), dim=1, return_inverse=True)
         return [(int(b), int(n)) for b, n in pairs.T.tolist()], number
 
+    @cached_property
+    def first_of_cohorts(self) -> Any:
+        """The first slot of each cohort."""
+        return np.unique(self.cohorts[1].numpy(), return_index=True)[1]
+
+    @cached_property
+    def joint_start(self) -> Tensor:
+        """Norm of each structure at the pick, over all of its slices, shape (slots,)."""
+        return self.batch.per_slot(self.start.square()).sqrt()
+
+    @cached_property
+    def steps_there(self) -> Tensor:
+        """N of each, where the batch is."""
+        return self.steps.to(self.batch.device)
+
+    def of_cohorts(self, values: Sequence[float]) -> float | Tensor:
+        """One value per cohort → one per slot; a plain number where all have the same."""
+        if len(set(values)) == 1:
+            return values[0]
+        return torch.tensor(values, dtype=self.batch.dtype)[self.cohorts[1]].to(self.batch.device)
+
     def with_averages(self, mean: Tensor, seen: Tensor) -> Fading:
         """The same structures with newer averages."""
         newer = replace(self, mean=mean, seen=seen)
-        newer.__dict__["cohorts"] = self.cohorts
+        kept = ("cohorts", "first_of_cohorts", "joint_start", "steps_there")  # what averages have no part in
+        newer.__dict__.update({name: self.__dict__[name] for name in kept if name in self.__dict__})
         return newer
 
     def state_dict(self) -> dict[str, Any]:

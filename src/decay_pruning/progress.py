@@ -39,6 +39,7 @@ class PruningReport:
 
     Attributes:
         macs, params, structures: of the whole model.
+        latency, memory: seconds and peak bytes of a forward pass, where the target is one of these.
         picked: picks made, those of `picked_again` included.
         decayed: structures whose decay came to its end.
         released: structures let go by self-rectifying.
@@ -62,6 +63,8 @@ class PruningReport:
     steps: int
     widths: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     unprunable: Mapping[str, str] = field(default_factory=dict)
+    latency: tuple[float, float] | None = None
+    memory: tuple[int, int] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, for JSON."""
@@ -71,11 +74,21 @@ class PruningReport:
         def share(pair: tuple[int, int]) -> str:
             return f"{pair[0]:,} -> {pair[1]:,} ({100 * pair[1] / max(1, pair[0]):.1f} %)"
 
+        timed = []
+        for name, pair, unit, word in (
+            ("latency", self.latency, 1e-3, "ms"),
+            ("memory", self.memory, 2**20, "MiB"),
+        ):
+            if pair is not None:
+                a, b = (value / unit for value in pair)
+                timed.append(f"{name:<10}  {a:.4g} -> {b:.4g} {word} ({100 * b / a:.1f} %)")
+
         return "\n".join(
             [
                 f"MACs        {share(self.macs)}",
                 f"parameters  {share(self.params)}",
                 f"structures  {share(self.structures)}",
+                *timed,
                 f"picked {self.picked} (again after a release: {self.picked_again}), decayed {self.decayed}, "
                 f"released {self.released}, removed {self.removed}, in {self.rounds} rounds and {self.steps} steps",
             ]

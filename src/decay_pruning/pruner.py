@@ -10,15 +10,15 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from typing import Annotated, Any, Literal
+from dataclasses import asdict, replace
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from decay_pruning import copies, optimizers, processes, proof, shards, surgery
-from decay_pruning.budget import Cost, CostModel, Target, as_target
+from decay_pruning.budget import WITHIN, Cost, CostModel, Target, amount, as_target
 from decay_pruning.checks import Count, Whole, as_inputs, checked
 from decay_pruning.decay import SmoothPruning
 from decay_pruning.engine import Engine, Event
@@ -35,6 +35,7 @@ from decay_pruning.valueless import is_valueless
 
 logger = logging.getLogger("decay_pruning")
 
+T = TypeVar("T")
 _Smooth = Annotated[SmoothPruning | None, "SmoothPruning(), or None for its defaults"]
 _Rectify = Annotated[SelfRectifying | None, "SelfRectifying(), or None for never"]
 _OnEvent = Annotated[Callable[[Event], None] | None, "a function that takes an Event, or None"]
@@ -139,7 +140,8 @@ class Pruner:
 
         self.graph = self.host.graph(model, example_inputs)
         self.original: StructureSet = self.graph.structures
-        self._costs = CostModel(model, example_inputs, self.original)
+        self._goals: dict[tuple[Cost, float, bool], Goal] = {}
+        self._costs = CostModel(model, example_inputs, self.original, self.target)
         self.before: Cost = self._costs.now
         self._ranks.check(self.original, self.before, self.target, self.start, self.total_steps)
         if self._shards is not None:
@@ -214,7 +216,7 @@ class Pruner:
     def plan(self) -> Plan:
         """What the host would pick for the whole target now; nothing is touched."""
         self._gather()
-        picks = self._ranks.first(self._picker.pick(self._scene(), self._goal(1.0)))
+        picks = self._ranks.first(self._picker.pick(self._scene(), self._goal(1.0, try_out=True)))
         by = f"by {type(self.host).__name__}"
         return Plan.of(self.structures, picks, self._costs, verified=self.graph.verified, picked=by)
 
@@ -235,6 +237,8 @@ class Pruner:
             raise BudgetError(self._how_far())
         if self.engine.held:
             self._told(self._remove)
+            if not self.done:  # measured, it is not what was predicted
+                raise BudgetError(self._how_far())
         self._detach()
         return self.report()
 
@@ -251,8 +255,7 @@ class Pruner:
 
     def __repr__(self) -> str:
         given_up = f"; given up: {self._given_up}" if self._given_up else ""
-        goal = f"{self.target.of} to {100 * self.target.keep:.3g} %"
-        return f"Pruner({type(self.host).__name__}, {goal}: {self.progress()}{given_up})"
+        return f"Pruner({type(self.host).__name__}, {self.target}: {self.progress()}{given_up})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ConfigError(
@@ -277,6 +280,8 @@ class Pruner:
             macs=(self.before.macs, self._costs.now.macs),
             params=(self.before.params, self._costs.now.params),
             structures=(len(self.original), len(self.structures)),
+            latency=_pair(self.before.latency, self._costs.now.latency),
+            memory=_pair(self.before.memory, self._costs.now.memory),
             picked=counts.picked,
             decayed=counts.decayed,
             released=counts.released,
@@ -357,7 +362,7 @@ class Pruner:
                 copies.prune_like(each, self.model)
         structures = self.original.without(state["removed"])
         self.engine.structures = structures
-        self._costs = CostModel(self.model, self._inputs(), structures)
+        self._costs = CostModel(self.model, self._inputs(), structures, self.target, self._costs)
         self.before = Cost(**state["before"])
         self._round = checked(state["round"], Count, "round")
         self._due = checked(state["due"], Count, "due")
@@ -366,6 +371,12 @@ class Pruner:
         self._picker.load_state_dict(state["picker"])
 
     # -- the engine's driver ---------------------------------------------------------------------------------
+
+    def rests(self) -> bool:
+        """Whether there is nothing to do in this step: nothing to pick yet or any more, for a host that only picks."""
+        if not self._picker.rests or self._waiting or self.engine.step - self._attached_at < 3:
+            return False
+        return self.engine.step < self._due or self._goal(1.0).met(self._costs.now)
 
     def before_step(self) -> None:
         """Pick, when it is time; hosts that time themselves pick in `moved`."""
@@ -387,7 +398,7 @@ class Pruner:
         """
         if self.host.rounds or not self._wanting():
             return False
-        picks = self._ask(self._picker.moved, self._goal(1.0))
+        picks = self._ask(self._picker.moved, self._goal(1.0, try_out=True))
         if not any(len(ids) for ids in picks.values()):
             return True
         self._check_widths(picks)
@@ -421,7 +432,7 @@ class Pruner:
         with torch.random.fork_rng(devices=[]):  # an importance can be random: training must not notice
             for share in _REPLACED:
                 try:
-                    picks = self._picker.pick(scene, Goal(self.target.of, (1 - share) * left))
+                    picks = self._picker.pick(scene, replace(self._goal(1.0), at_most=(1 - share) * left))
                 except BudgetError:
                     break
                 parts.append(_less(picks, {key for part in parts for key in as_keys(part)}))
@@ -502,7 +513,7 @@ class Pruner:
             self._shards.fill(self.model)
 
     def _choose(self, goal: Goal) -> Picks:
-        picks = self._ask(self._picker.pick, goal)
+        picks = self._ask(self._picker.pick, replace(goal, try_out=True))
         if not any(len(ids) for ids in picks.values()):
             raise BudgetError(f"the host picked nothing. {self._how_far()}")
         self._check_widths(picks)
@@ -531,7 +542,7 @@ class Pruner:
             copies.prune_like(each, self.model)
         copies.let_averages_follow(self.model)
         self.engine.removed(left)
-        self._costs = CostModel(self.model, self._inputs(), left)
+        self._costs = CostModel(self.model, self._inputs(), left, self.target, self._costs)
         self._finished_at = self.engine.step
 
     def _cut(self) -> StructureSet:
@@ -591,10 +602,16 @@ class Pruner:
         of_round = round(whole / max(1, self.host.rounds))
         return max(1, min(of_round, round(self.smooth.steps * max(left, 0)) or 1))
 
-    def _goal(self, way: float) -> Goal:
+    def _goal(self, way: float, *, try_out: bool = False) -> Goal:
         """The absolute figure to reach after this part of the way (0 … 1) to the target."""
+        key = self.before, way, try_out
+        if (known := self._goals.get(key)) is not None:
+            return known
         before = getattr(self.before, self.target.of)
-        return Goal(self.target.of, before * (self.target.keep * way + (1 - way)))
+        within = WITHIN if self.target.of == "latency" else 0.0
+        at_most = self.target.at_most(before) * way + before * (1 - way)
+        goal = self._goals[key] = Goal(self.target.of, at_most, self.target.weighs, within, try_out)
+        return goal
 
     def _scene(self) -> Scene:
         return Scene(
@@ -619,7 +636,10 @@ class Pruner:
     def _how_far(self) -> str:
         left = self._costs.now if self.removal == "at once" else self._cost_left()
         now, before = (getattr(c, self.target.of) for c in (left, self.before))
-        share = f"{100 * now / before:.1f} % of {self.target.of} are left, the target is {100 * self.target.keep:.1f} %"
+        wanted = self.target.at_most(before)
+        share = f"{100 * now / before:.1f} % of {self.target.of} are left, the target is {100 * wanted / before:.1f} %"
+        if self.target.of in ("latency", "memory"):
+            share = f"{share}: {amount(self.target.of, now)}, not {amount(self.target.of, wanted)}"
         if self.engine.decaying:
             return (
                 f"{len(self.engine.decaying)} structures are still decaying at step {self.engine.step} ({share}): "
@@ -635,7 +655,7 @@ class Pruner:
     def _check_parameters(self) -> None:
         """The model still has the parameters that the pruner was built with."""
         for names, leaf, thing, name in self._links:
-            if leaf not in names or names[leaf] is not thing:
+            if names.get(leaf) is not thing:
                 raise ConfigError(
                     f"{name!r} is not what it was when the pruner was built (a layer or weight was replaced, or the "
                     "model moved in a way that makes new ones): build another pruner"
@@ -664,6 +684,10 @@ class Pruner:
                     f"{self.host.rounds} rounds of {self.smooth.steps} steps after a start at {self.start} do not fit "
                     f"into total_steps = {self.total_steps}"
                 )
+
+
+def _pair(before: T | None, after: T | None) -> tuple[T, T] | None:
+    return None if before is None or after is None else (before, after)
 
 
 def _count(picks: Picks) -> int:

@@ -156,6 +156,8 @@ class SelfRectifying:
     @property
     def figures(self) -> tuple[str, ...]:
         """The figures of `Resistance` that are measured, in its order."""
+        if self.rule is not None and self.rule.figure is not None:
+            return (self.rule.figure,)
         return tuple(name for name in Resistance._fields if SOURCES[name] in self.sources)
 
     @property

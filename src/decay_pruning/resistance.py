@@ -78,6 +78,11 @@ def of_gradient(
     }
 
 
+def worth(ww: Tensor, wg: Tensor, start: Tensor) -> Tensor:
+    """That figure alone, which is all that the default criterion needs."""
+    return (wg * start).square_().div_(ww.clamp_min(torch.finfo(ww.dtype).tiny))
+
+
 def c_rate(
     length: Tensor, grown: Tensor, moved: Tensor, start: Tensor, steps: Tensor, per: Literal["step", "decay"]
 ) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,18 @@ from decay_pruning.structures import (
     Role,
     StructureSet,
 )
+
+
+class Gradients(dict[str, "Tensor | None"]):
+    """The gradients of a step by name of the parameter, and what several batches have read of them and of the weights.
+
+    Attributes:
+        joined: names of small tensors, dtype → the weights and their gradients, each joined to one vector.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        super().__init__({name: p.grad for name, p in parameters.items()})
+        self.joined: dict[tuple[tuple[str, ...], torch.dtype], tuple[Tensor, Tensor]] = {}
 
 
 class Values(NamedTuple):
@@ -138,22 +150,81 @@ class _Flat:
         # On a CPU fresh memory costs more than the arithmetic (page faults), so results go to memory that is kept.
         # A GPU's allocator keeps its memory by itself.
         self._kept: dict[str, Tensor] | None = {} if device.type == "cpu" else None
+        self._alike: tuple[torch.dtype, torch.device] | None = None  # of all views
+        self._key = tuple(self.names)
+        self._by_slot: tuple[Tensor, Tensor] | None = None
+        self._parts: tuple[Tensor, list[Tensor]] | None = None  # of the joined memory, tensor by tensor
 
     def read(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> _Joined:
         """The elements of all slices; valid until the next call."""
         aliases = self._aliases(tensors)
-        joined = self._join(aliases, dtype)
+        joined = self._join(aliases, dtype, self._alike)
         return _Joined(aliases, joined, self._pick(joined, "a"))
 
     def read_others(
         self, others: Mapping[str, Tensor | None], tensors: Mapping[str, Tensor], dtype: torch.dtype
     ) -> Tensor:
         """The same elements of other tensors (gradients), zero where one is absent; valid until the next call."""
-        flat = []
-        for name in self.names:
-            other = dense(others.get(name))
-            flat.append((torch.zeros_like(tensors[name]) if other is None else other).reshape(-1))
-        return self._pick(self._join(flat, dtype), "b")
+        return self._pick(self._join_others(others, tensors, dtype), "b")
+
+    def moments_per_slot(
+        self,
+        others: Mapping[str, Tensor | None],
+        tensors: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        of_slice: Tensor,
+        slots: int,
+        only_product: bool,
+    ) -> Tensor:
+        """⟨a, b⟩ of each structure, or ⟨a, a⟩, ⟨a, b⟩ and ⟨b, b⟩: (1 or 3, slots), in a few kernels."""
+        order, offsets = self._slot_order(of_slice, slots)
+        whole = others.joined.get((self._key, dtype)) if isinstance(others, Gradients) else None
+        if whole is None:
+            weights = self._join(self._aliases(tensors), dtype, self._alike)
+            whole = weights, self._join_others(others, tensors, dtype, into="joined others")
+            if isinstance(others, Gradients):
+                others.joined[self._key, dtype] = whole
+        a, b = (each.index_select(0, order) for each in whole)
+        if only_product:
+            return torch.segment_reduce(a.mul_(b), "sum", offsets=offsets[: slots + 1], unsafe=True)[None]
+        products = torch.empty(3, a.numel(), dtype=dtype, device=a.device)
+        for pair, out in zip(((a, a), (a, b), (b, b)), products, strict=True):
+            torch.mul(*pair, out=out)
+        return torch.segment_reduce(products.view(-1), "sum", offsets=offsets, unsafe=True).view(3, slots)
+
+    def _slot_order(self, of_slice: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+        """The elements, slot by slot, and where each slot begins: three times over, one after the other."""
+        if self._by_slot is None:
+            slot = of_slice[: self.slices].cpu()[self._slice.cpu().long()]
+            ends = torch.bincount(slot, minlength=slots).cumsum(0)
+            ends = torch.cat([ends + i * self.size for i in range(3)])
+            device = self._elements.device
+            order = self._elements[torch.argsort(slot, stable=True).to(device)]
+            self._by_slot = order, torch.cat([ends.new_zeros(1), ends]).to(device)
+        return self._by_slot
+
+    def _join_others(
+        self,
+        others: Mapping[str, Tensor | None],
+        tensors: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        into: str = "joined",
+    ) -> Tensor:
+        """Other tensors (gradients) as vectors, joined; zero where one is absent."""
+        flat: list[Any] = [others.get(name) for name in self.names]
+        if self._total <= _SMALL["cpu"] or self._kept is None:
+            try:  # all there and dense: one call; a copy of this size is cheaper than looking at each
+                return self._to(torch._C._nn.flatten_dense_tensors(flat), dtype)
+            except (TypeError, RuntimeError):
+                pass
+        for i, name in enumerate(self.names):
+            other = dense(flat[i])
+            flat[i] = (torch.zeros_like(tensors[name]) if other is None else other).reshape(-1)
+        return self._join(flat, dtype, into=into)
+
+    def _to(self, joined: Tensor, dtype: torch.dtype) -> Tensor:
+        device = self._elements.device
+        return joined if joined.dtype == dtype and joined.device == device else joined.to(device, dtype)
 
     def dot(self, a: Tensor, b: Tensor) -> Tensor:
         """⟨a, b⟩ of each slice."""
@@ -197,21 +268,35 @@ class _Flat:
         if pointers != self._pointers:
             self._views = [t.detach().reshape(-1) for t in whole]
             self._strided = [i for i, t in enumerate(whole) if not t.is_contiguous()]
+            kinds = {(t.dtype, t.device) for t in whole}
+            self._alike = kinds.pop() if len(kinds) == 1 else None
             self._pointers = [] if self._strided else pointers
         return self._views
 
-    def _join(self, flat: list[Tensor], dtype: torch.dtype) -> Tensor:
+    def _join(
+        self,
+        flat: list[Tensor],
+        dtype: torch.dtype,
+        alike: tuple[torch.dtype, torch.device] | None = None,
+        into: str = "joined",
+    ) -> Tensor:
+        """One vector of all; `alike` is what they all are, if that is known."""
         device = self._elements.device
-        if any(t.dtype != dtype or t.device != device for t in flat):
+        if alike != (dtype, device) and any(t.dtype != dtype or t.device != device for t in flat):
             flat = [t.to(device, dtype) for t in flat]
-        return torch.cat(flat, out=self._memory("joined", self._total, dtype))
+        return torch.cat(flat, out=self._memory(into, self._total, dtype))
 
     def _pick(self, joined: Tensor, into: str) -> Tensor:
         memory = self._memory(into, self._elements.numel(), joined.dtype)
         return torch.index_select(joined, 0, self._elements, out=memory)
 
     def _write(self, tensors: Mapping[str, Tensor], now: _Joined) -> None:
-        parts = list(now.joined.split(self._numels))
+        if self._kept is None:
+            parts = list(now.joined.split(self._numels))
+        else:  # it is the same memory every time
+            if self._parts is None or self._parts[0] is not self._kept.get("joined"):
+                self._parts = self._kept["joined"], list(now.joined.split(self._numels))
+            parts = self._parts[1]
         torch._foreach_copy_(now.aliases, parts)
         for i in self._strided:
             tensor = tensors[self.names[i]]
@@ -437,7 +522,7 @@ class SliceBatch:
         if not parts:
             nothing = torch.zeros(0, dtype=self.dtype, device=self.device)
             parts = [[nothing, nothing, nothing]]
-        return [torch.cat(each) for each in zip(*parts, strict=True)], flat
+        return list(_joined(parts)), flat
 
     @torch.no_grad()
     def moments(
@@ -464,7 +549,7 @@ class SliceBatch:
         if not parts:
             nothing = torch.zeros(0, dtype=self.dtype)
             return nothing, nothing, nothing
-        aa, ab, bb = (torch.cat(part) for part in zip(*parts, strict=True))
+        aa, ab, bb = _joined(parts)
         return aa, ab, bb
 
     def moments_later(
@@ -473,6 +558,38 @@ class SliceBatch:
         """`moments` as the tensors are now, when they are asked for: what is sharded is added up then."""
         found = self.moments(tensors, others)
         return lambda: found
+
+    @torch.no_grad()
+    def moments_per_slot(
+        self,
+        tensors: Mapping[str, Tensor],
+        others: Mapping[str, Tensor | None],
+        *,
+        only_product: bool = False,
+    ) -> Tensor:
+        """⟨a, a⟩, ⟨a, b⟩ and ⟨b, b⟩ of every structure, shape (3, slots), or ⟨a, b⟩ alone, (1, slots)."""
+        if self.whole and self._flat is not None and not self._blocks:
+            return self._flat.moments_per_slot(
+                others, tensors, self.dtype, self.slice_slot, self.slots, only_product
+            )
+        return self._of_slots(self.moments(tensors, others), only_product)
+
+    def moments_per_slot_later(
+        self,
+        tensors: Mapping[str, Tensor],
+        others: Mapping[str, Tensor | None],
+        *,
+        only_product: bool = False,
+    ) -> Callable[[], Tensor]:
+        """`moments_per_slot` as the tensors are now, when it is asked for."""
+        if self.whole:
+            found = self.moments_per_slot(tensors, others, only_product=only_product)
+            return lambda: found
+        moments = self.moments_later(tensors, others)
+        return lambda: self._of_slots(moments(), only_product)
+
+    def _of_slots(self, moments: Sequence[Tensor], only_product: bool) -> Tensor:
+        return torch.stack([self.per_slot(each) for each in (moments[1:2] if only_product else moments)])
 
     def per_slot(self, values: Tensor) -> Tensor:
         """Sum over the slices of each structure: (slices,) → (slots,)."""
@@ -509,7 +626,7 @@ class SliceBatch:
         """
         if self._flat is not None and now.flat is not None:
             self._flat.scale_(tensors, now.flat, factors[: self._flat.slices])
-        each = factors[self._position_slice].split(self._position_counts)
+        each = factors[self._position_slice].split(self._position_counts) if self._blocks else ()
         for block, factor in zip(self._blocks, each, strict=True):
             tensor = tensors[block.tensor]
             block.scale_(tensor, factor.to(tensor.device))
@@ -533,6 +650,11 @@ class SliceBatch:
     def _home(self, values: Tensor) -> Tensor:
         same = values.dtype == self.dtype and values.device == self.device
         return values if same else values.to(self.device, self.dtype)
+
+
+def _joined(parts: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
+    """What was found in small tensors and in large ones, side by side."""
+    return parts[0] if len(parts) == 1 else [torch.cat(each) for each in zip(*parts, strict=True)]
 
 
 def taking_part(group: LayerGroup, tensors: Mapping[str, Tensor], roles: frozenset[Role]) -> list[Coupling]:

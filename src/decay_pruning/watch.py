@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -12,8 +13,8 @@ from torch.optim import Optimizer
 from decay_pruning.decay import joint
 from decay_pruning.fading import Fading
 from decay_pruning.rectify import SelfRectifying
-from decay_pruning.resistance import Parallel, Resistance, c_rate, of_gradient
-from decay_pruning.slices import Reading, SliceBatch, Values
+from decay_pruning.resistance import Parallel, Resistance, c_rate, of_gradient, worth
+from decay_pruning.slices import Gradients, Reading, SliceBatch, Values
 from decay_pruning.structures import Role, StructureSet
 
 
@@ -24,6 +25,7 @@ class Network(NamedTuple):
     parameters: Mapping[str, Tensor]
     optimizer: Optimizer
     roles: frozenset[Role]
+    gradients: Gradients
 
 
 class Watch:
@@ -39,7 +41,7 @@ class Watch:
         self.kept: Values | None = None
         self._kept_of: SliceBatch | None = None
         self._parallel: tuple[SliceBatch, Parallel] | None = None
-        self._now: tuple[Tensor, list[Callable[[], Mapping[str, Tensor]]]] | None = None
+        self._now: tuple[list[bool], list[Callable[[], Mapping[str, Tensor]]]] | None = None
 
     def keep(self, batch: SliceBatch, values: Values | None) -> None:
         """Remember the weights that the next step starts from."""
@@ -49,15 +51,18 @@ class Watch:
         """A step was given up: read everything anew."""
         self.kept = self._kept_of = self._parallel = self._now = None
 
+    def rest(self) -> None:
+        """Nothing is observed in this step."""
+        self._now = None
+
     def kept_of(self, batch: SliceBatch) -> Values | None:
         """What is remembered of this batch."""
         return self.kept if self._kept_of is batch else None
 
-    def wants(self, fading: Fading, step: int) -> Tensor | None:
-        """Which structures are observed in the step after `step`, shape (slots,); None where none is."""
-        cohorts, number = fading.cohorts
-        watched = [self._rectify.observes(step + 1 - begun, steps) for begun, steps in cohorts]
-        return torch.tensor(watched)[number] if any(watched) else None
+    def wants(self, fading: Fading, step: int) -> list[bool] | None:
+        """Which cohorts are observed in the step after `step`; None where none is."""
+        watched = [self._rectify.observes(step + 1 - begun, steps) for begun, steps in fading.cohorts[0]]
+        return watched if any(watched) else None
 
     def needs_weights(self, fading: Fading, step: int) -> bool:
         """Whether the weights have to be known that the step after `step` starts from."""
@@ -80,14 +85,10 @@ class Watch:
         if wanted is None:
             return
         batch, sources = fading.batch, self._rectify.sources
-        gradients = {name: p.grad for name, p in network.parameters.items()}
+        gradients = network.gradients
         found: list[Callable[[], Mapping[str, Tensor]]] = []
         if "gradient" in sources:
-            moments, rates = (
-                batch.moments_later(network.parameters, gradients),
-                _learning_rates(batch, network),
-            )
-            found.append(lambda: _of_gradient(fading, moments(), rates, scale))
+            found.append(self._of_gradient(fading, network, gradients, scale))
         if "group" in sources:
             if self._parallel is None or self._parallel[0] is not batch:
                 parallel = Parallel(network.structures, batch, gone, network.parameters, network.roles)
@@ -97,6 +98,33 @@ class Watch:
         if "step" in sources and self.kept_of(batch) is None:
             self.keep(batch, batch.values(network.parameters))
         self._now = wanted, found
+
+    def _of_gradient(
+        self, fading: Fading, network: Network, gradients: Gradients, scale: Tensor | None
+    ) -> Callable[[], Mapping[str, Tensor]]:
+        """What gradients say, as they are now, when it is asked for."""
+        batch, figures = fading.batch, self._rectify.figures
+        rate = _learning_rates(batch, network)
+        of_slice: Callable[[], Any]
+        if figures == ("first_order",):
+            product = batch.moments_per_slot_later(network.parameters, gradients, only_product=True)
+            return lambda: {"first_order": (product()[0] if scale is None else product()[0] / scale).abs()}
+        if figures == ("worth",) or not isinstance(rate, Tensor):
+            of_slice = batch.moments_per_slot_later(network.parameters, gradients)
+        else:
+            moments = batch.moments_later(network.parameters, gradients)
+            of_slice = lambda: [batch.per_slot(each) for each in _with_rates(moments(), rate)]  # noqa: E731
+
+        def found() -> Mapping[str, Tensor]:
+            ww, wg, gg, *weighed = of_slice()
+            lr_wg = weighed[0] if weighed else wg if figures == ("worth",) else wg * rate
+            if scale is not None:
+                wg, gg, lr_wg = wg / scale, gg / scale**2, lr_wg / scale
+            if figures == ("worth",):
+                return {"worth": worth(ww, wg, fading.joint_start)}
+            return of_gradient(ww, wg, gg, lr_wg, fading.joint_start, fading.steps_there)
+
+        return found
 
     def after(self, fading: Fading, parameters: Mapping[str, Tensor]) -> tuple[Fading, Reading | None]:
         """After the optimizer's step: what it did to the decaying weights, and the averages with this step in them.
@@ -117,20 +145,22 @@ class Watch:
                 joint(batch, reading.norms),
                 batch.per_slot(reading.grown),
                 batch.per_slot(reading.moved),
-                joint(batch, fading.start),
-                fading.steps.to(batch.device),
+                fading.joint_start,
+                fading.steps_there,
                 self._rectify.rate_per,
             )
         return self._averaged(fading, wanted, found), reading
 
-    def _averaged(self, fading: Fading, wanted: Tensor, found: Mapping[str, Tensor]) -> Fading:
-        seen = fading.seen + wanted
-        counts, number = torch.unique(seen, return_inverse=True)
-        weights = [self._rectify.weight(max(int(s), 1)) for s in counts]
-        weight = torch.tensor(weights, dtype=fading.batch.dtype)[number] * wanted
-        now = torch.stack([found[name] for name in self._rectify.figures])
-        mean = fading.mean + weight.to(fading.batch.device) * (now - fading.mean)
-        return fading.with_averages(mean, seen)
+    def _averaged(self, fading: Fading, wanted: list[bool], found: Mapping[str, Tensor]) -> Fading:
+        """All of a cohort have been observed as often."""
+        figures = self._rectify.figures
+        first = fading.first_of_cohorts
+        seen = [int(n) + watched for n, watched in zip(fading.seen.numpy()[first], wanted, strict=True)]
+        weights = [self._rectify.weight(max(n, 1)) * w for n, w in zip(seen, wanted, strict=True)]
+        now = found[figures[0]][None] if len(figures) == 1 else torch.stack([found[name] for name in figures])
+        mean = torch.lerp(fading.mean, now, fading.of_cohorts(weights))
+        counts = np.array(seen)[fading.cohorts[1].numpy()]
+        return fading.with_averages(mean, torch.from_numpy(counts))
 
     def averages(self, fading: Fading) -> Resistance:
         """The averages by name; NaN where a figure is not measured."""
@@ -141,20 +171,9 @@ class Watch:
         return Resistance(*(rows.get(name, none) for name in Resistance._fields))
 
 
-def _of_gradient(
-    fading: Fading, moments: tuple[Tensor, Tensor, Tensor], rates: Tensor | float, scale: Tensor | None
-) -> Mapping[str, Tensor]:
-    batch, (ww, wg, gg) = fading.batch, moments
-    if scale is not None:
-        wg, gg = wg / scale, gg / scale**2
-    return of_gradient(
-        batch.per_slot(ww),
-        batch.per_slot(wg),
-        batch.per_slot(gg),
-        batch.per_slot(wg * rates),
-        joint(batch, fading.start),
-        fading.steps.to(batch.device),
-    )
+def _with_rates(moments: tuple[Tensor, Tensor, Tensor], rates: Tensor) -> Sequence[Tensor]:
+    ww, wg, gg = moments
+    return ww, wg, gg, wg * rates
 
 
 def _learning_rates(batch: SliceBatch, network: Network) -> Tensor | float:

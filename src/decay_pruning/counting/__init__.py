@@ -6,7 +6,20 @@ they are known for other widths, too: those of `x @ w.T` for both dimensions of 
 weight that made q. 1 MAC = 2 FLOPs.
 """
 
-from decay_pruning.counting._count import count
-from decay_pruning.counting._products import Product
+from decay_pruning.counting._count import See, count
+from decay_pruning.counting._makers import VIEWS, Axis, Makers, joined
+from decay_pruning.counting._products import EINSTEIN, RULES, Ledger, Product, spelled
 
-__all__ = ["Product", "count"]
+__all__ = [
+    "EINSTEIN",
+    "RULES",
+    "VIEWS",
+    "Axis",
+    "Ledger",
+    "Makers",
+    "Product",
+    "See",
+    "count",
+    "joined",
+    "spelled",
+]

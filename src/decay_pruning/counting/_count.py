@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,15 +22,23 @@ from decay_pruning.keeping import eager, unwritten
 from decay_pruning.proof import copied
 from decay_pruning.surgery import call, untouched
 
+#: What is told of every operator: the ledger, its name, its arguments by position and by name, and its result.
+See = Callable[[Ledger, str, Sequence[Any], dict[str, Any], Any], None]
 
-def count(model: nn.Module, example_inputs: Any) -> list[Product]:
+
+def count(model: nn.Module, example_inputs: Any, see: See | None = None) -> list[Product]:
     """All products of a forward pass in evaluation mode; the model is left as it was.
+
+    Args:
+        model: the model.
+        example_inputs: see `Pruner`.
+        see: called after every operator.
 
     Raises:
         GraphError: the model does not run on these inputs.
     """
     ledger = Ledger(model)
-    counter = _Counter(ledger)
+    counter = _Counter(ledger, see or _unseen)
     with untouched(model), unwritten(model), torch.no_grad(), eager(), _module_paths(model, ledger.path):
         try:
             with _Attention(counter), counter:
@@ -42,6 +50,10 @@ def count(model: nn.Module, example_inputs: Any) -> list[Product]:
                 f"the model does not run on its example inputs: {type(error).__name__}: {error}"
             ) from error
     return ledger.products
+
+
+def _unseen(*_: Any) -> None:
+    """Nobody wants to know."""
 
 
 @contextlib.contextmanager
@@ -68,9 +80,10 @@ class _Counter(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, see: See) -> None:
         super().__init__()
         self.ledger = ledger
+        self.see = see
         self.paused = False
 
     def __torch_dispatch__(
@@ -98,6 +111,7 @@ class _Counter(TorchDispatchMode):
             self._follow(name, args, kwargs, out)
         else:
             self._spread([*args, *kwargs.values()], out)
+        self.see(self.ledger, name, args, kwargs, out)
         return out
 
     def _follow(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -142,6 +156,7 @@ class _Attention(TorchFunctionMode):
         finally:
             self._counter.paused = False
         self._counter.ledger.note(out, attention(self._counter.ledger, out, *args, **kwargs))
+        self._counter.see(self._counter.ledger, "attention", args, kwargs, out)
         return out
 
 

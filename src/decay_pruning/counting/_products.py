@@ -54,7 +54,7 @@ class Ledger:
 
     def multiply(self, a: Tensor, b: Tensor, spec: str) -> Axes:
         """Note the product of two tensors in Einstein's notation; the axes of its result."""
-        left, right, result = _letters(spec, a.ndim)
+        left, right, result = spelled(spec, a.ndim)
         size: dict[str, int] = {}
         axes: dict[str, Axis] = {}
         for letters, tensor in ((left, a), (right, b)):
@@ -65,7 +65,7 @@ class Ledger:
         return [axes[letter] for letter in result]
 
 
-def _letters(spec: str, ndim: int) -> tuple[str, str, str]:
+def spelled(spec: str, ndim: int) -> tuple[str, str, str]:
     """The three parts of a product's notation, with "..." spelled out for a first operand of so many dimensions."""
     left, _, right = spec.partition("->")[0].partition(",")
     more = "zyxwuts"[: ndim - len(left.replace("...", ""))]
@@ -74,7 +74,7 @@ def _letters(spec: str, ndim: int) -> tuple[str, str, str]:
 
 
 #: Operator → positions of both operands, and the product in Einstein's notation.
-_PRODUCTS: dict[str, tuple[int, int, str]] = {
+EINSTEIN: dict[str, tuple[int, int, str]] = {
     "aten::mm": (0, 1, "mk,kn->mn"),
     "aten::addmm": (1, 2, "mk,kn->mn"),
     "aten::_addmm_activation": (1, 2, "mk,kn->mn"),
@@ -177,7 +177,7 @@ def _embedding(ledger: Ledger, out: Tensor, weight: Tensor, ids: Tensor, *_: Any
 
 #: Operator → (ledger, result, arguments) → axes of the result. Those that this torch does not have do no harm.
 RULES: dict[str, Callable[..., Axes]] = {
-    **{name: _product(*how) for name, how in _PRODUCTS.items()},
+    **{name: _product(*how) for name, how in EINSTEIN.items()},
     **dict.fromkeys(_ATTENTION, attention),
     **dict.fromkeys(_CONVOLUTIONS, _convolution),
     **dict.fromkeys(_RECURRENT, _recurrent),

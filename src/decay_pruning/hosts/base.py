@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from decay_pruning.budget import Cost, CostModel, Quantity
-from decay_pruning.checks import Count, NotNegative, check, did_you_mean, shown
+from decay_pruning.checks import Count, NotNegative, Share, check, did_you_mean, shown
 from decay_pruning.errors import ConfigError
 from decay_pruning.graph import Graph
 from decay_pruning.structures import Picks, StructureSet
@@ -34,19 +34,26 @@ class Goal:
     """What a pick has to reach.
 
     Attributes:
-        of: "macs", "params" or "structures".
-        at_most: how much of it may be left, in absolute figures.
+        of: "macs", "params", "structures", "latency" or "memory".
+        at_most: how much of it may be left, in absolute figures (seconds, bytes).
+        weighs: whether scores are weighed by what a structure costs of it, see `Target.per_cost`.
+        within: how far a measured latency may lie above it.
+        try_out: whether a pick is put on the clock before it is taken, where latency is the goal.
     """
 
     of: Quantity
     at_most: NotNegative
+    weighs: bool = False
+    within: Share = 0.0
+    try_out: bool = False
 
     def __post_init__(self) -> None:
         check(self, "goal")
 
     def met(self, cost: Cost) -> bool:
         """Whether a model of this cost is small enough."""
-        return float(getattr(cost, self.of)) <= self.at_most
+        within = self.within if cost.measured else 0.0
+        return float(getattr(cost, self.of)) <= self.at_most * (1 + within)
 
 
 @dataclass(frozen=True)
@@ -130,6 +137,12 @@ class Picker:
     asked for a `pick` before a step when it is time, and again when that has been removed. Those that time
     themselves (`Host.rounds` is 0) say in `moved` what starts to fade, also while earlier picks still do.
     """
+
+    @property
+    def rests(self) -> bool:
+        """Whether it only picks, and wants nothing of steps in which nothing fades and nothing is picked."""
+        takes_part = ("add_gradients", "moved", "after_step", "may_remove")
+        return all(getattr(type(self), name) is getattr(Picker, name) for name in takes_part)
 
     def attach(self, scene: Scene) -> None:
         """Before any training: the time to change how the model computes, but not what."""

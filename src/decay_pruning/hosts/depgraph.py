@@ -69,14 +69,16 @@ class DepGraph:
             default, with others. Not used with a function of yours.
         reduction: how the values of the layers of a layer group are put together; None for "sum" with "magnitude-l1",
             and "mean", torch-pruning's default, with others.
-        per: rank by score, or by score per MAC or parameter that a structure costs.
+        per: rank by score, or by score per MAC, parameter, second or byte that a structure costs; "structure" leaves
+            that to `Target.per_cost`.
         scope: "global" ranks over all layer groups, "local" takes the same share of each.
         ignored: modules that keep their width: dotted names.
         heads: layers whose outputs are attention heads → number of heads; a structure is then the same offset in
             every head.
         allow_inexact: also prune where removal changes the function by its nature (a width under LayerNorm).
         min_kept: structures (int) or share (float) of a layer group that always stays.
-        round_to: what stays of each layer group is a multiple of this, rounded up.
+        round_to: what stays of each layer group is a multiple of this, rounded up; None for 1, and with a target of
+            latency for the steps in which each width makes a difference on this machine.
         rounds: in how many equal parts of the way the target is approached.
         interval: optimizer steps of plain training between two rounds.
         uniform: layer groups of the same kind in all layers (FFN, heads, KV groups) lose the same number, so that one
@@ -99,7 +101,7 @@ class DepGraph:
     heads: Mapping[str, Whole] = field(default_factory=dict)
     allow_inexact: bool = False
     min_kept: MinKept = 1
-    round_to: Whole = 1
+    round_to: Whole | None = None
     rounds: Whole = 1
     interval: Count = 0
     uniform: bool = False
@@ -159,6 +161,10 @@ class _Ranking(Picker):
         self._activations = Activations() if host.importance == "activation" else None
         self._kinds: uniform.Kinds | None = None
 
+    @property
+    def rests(self) -> bool:
+        return self._regulariser is None and self._activations is None
+
     def attach(self, scene: Scene) -> None:
         if self._activations is not None:
             self._activations.attach(scene.model, scene.structures)
@@ -177,7 +183,7 @@ class _Ranking(Picker):
     def check(self, scene: Scene, goal: Goal) -> None:
         host = self._host
         if host.uniform:
-            self._kinds = uniform.kinds(scene.model, scene.structures, host.round_to)
+            self._kinds = uniform.kinds(scene.model, scene.structures, host.round_to or 1)
         self._choose(
             scene, {name: torch.zeros(len(group)) for name, group in scene.structures.groups.items()}, goal
         )

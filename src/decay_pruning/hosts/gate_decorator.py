@@ -27,7 +27,7 @@ from decay_pruning.errors import BudgetError, ConfigError
 from decay_pruning.graph import Graph
 from decay_pruning.hosts.base import Goal, Ignored, OutputNames, Phase, Picker, Scene
 from decay_pruning.hosts.gates import Gates, as_gated, fold, gate, with_role
-from decay_pruning.hosts.ranking import choose
+from decay_pruning.hosts.ranking import choose, weighed
 from decay_pruning.structures import Picks, Role, StructureSet
 
 logger = logging.getLogger("decay_pruning")
@@ -301,6 +301,7 @@ class _TickTock(Picker):
         """
         eligible = scene.eligible()
         self._refresh(scene)
+        scores = weighed(scene, scores, goal)
         gates = self._gates.joined
         ranked: list[tuple[float, str, int]] = []
         live = 0
@@ -321,7 +322,9 @@ class _TickTock(Picker):
             allowed[name][row] = True
             quota -= gates[name]
         if share is None or goal.met(scene.costs.after(allowed)):
-            return choose(replace(scene, find_eligible=lambda: allowed), scores, goal)
+            scene = replace(scene, find_eligible=lambda: allowed)
+            goal = replace(goal, weighs=False)
+            return choose(scene, scores, goal, round_to=1, strict=share is None)
         if not ranked:
             raise BudgetError(
                 "no gate is left that may be picked: every layer has come down to host.min_kept"

@@ -412,7 +412,7 @@ class _DHSPG(Picker):
         """The redundant set: the highest scores, as many as goal and tolerance ask for; released ones come last."""
         wider = max(0.0, goal.at_most - self._host.tolerance * getattr(scene.costs.now, goal.of))
         everything = torch.ones_like(self._redundant)
-        picks = self._choose(scene, self._order, Goal(goal.of, wider), everything)
+        picks = self._choose(scene, self._order, replace(goal, at_most=wider), everything)
         self._redundant = torch.zeros_like(self._redundant)
         self._redundant[[self._offset[name] + i for name, ids in picks.items() for i in ids]] = True
         self._seen = None
@@ -441,6 +441,7 @@ class _DHSPG(Picker):
             self._by_group(scene, order),
             goal,
             min_kept=self._host.min_kept,
+            round_to=1,  # they leave one by one
             among=free,
             strict=strict,
         )
@@ -449,7 +450,7 @@ class _DHSPG(Picker):
 
     def check(self, scene: Scene, goal: Goal) -> None:
         self._refresh(scene)
-        choose(scene, self._by_group(scene, self._order), goal, min_kept=self._host.min_kept)
+        choose(scene, self._by_group(scene, self._order), goal, min_kept=self._host.min_kept, round_to=1)
 
     @torch.no_grad()
     def pick(self, scene: Scene, goal: Goal) -> Picks:
@@ -461,7 +462,7 @@ class _DHSPG(Picker):
             xx, xg, gg = self._zig.products(scene.parameters, gradients).unbind(1)
             moments = self._sum(xx, xg, gg, torch.zeros_like(xx), xg)
             order[self._where] = -moments.redundancy(self._zig.numbers).cpu().double()
-        return choose(scene, self._by_group(scene, order), goal, min_kept=self._host.min_kept)
+        return choose(scene, self._by_group(scene, order), goal, min_kept=self._host.min_kept, round_to=1)
 
     def state_dict(self) -> dict[str, Any]:
         if self._begun is None:

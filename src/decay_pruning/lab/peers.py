@@ -107,7 +107,7 @@ def checked(host: Host) -> DepGraph:
         raise ConfigError(
             "arms of torch-pruning rank as DepGraph does: they need prune.host.kind = 'depgraph'"
         )
-    if host.heads or host.min_kept != 1 or host.round_to != 1 or host.per != "structure":
+    if host.heads or host.min_kept != 1 or (host.round_to or 1) != 1 or host.per != "structure":
         raise ConfigError("arms of torch-pruning do not take the host's heads, min_kept, round_to and per")
     return host
 
@@ -140,6 +140,10 @@ class TorchPruning:
         start: int,
         on_event: Callable[[Event], None],
     ) -> None:
+        if target.of in ("latency", "memory"):
+            raise ConfigError(
+                f"torch-pruning's arms know no target of {target.of}: macs, params or structures"
+            )
         self._model, self._example, self._optimizer, self._target = model, example, optimizer, target
         self._host, self._on_event = checked(host), on_event
         structures = self._host.graph(model, example).structures

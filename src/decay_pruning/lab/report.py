@@ -10,8 +10,9 @@ import json
 from collections.abc import Sequence
 from html import escape
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
+from decay_pruning.budget import Quantity
 from decay_pruning.errors import ConfigError
 from decay_pruning.lab.plot import FONT, Frame, Point, colour_of, number, style, svg, text, ticks
 from decay_pruning.lab.results import TITLES, Result, Run, Summary, summarise
@@ -190,9 +191,13 @@ def _title(result: Result) -> str:
 
 
 def _subtitle(result: Result) -> str:
-    target = {k: v for k, v in result.recipe.get("prune", {}).get("target", {}).items() if v is not None}
+    given = result.recipe.get("prune", {}).get("target", {})
+    target = {name: given[name] for name in get_args(Quantity) if given.get(name) is not None}
     words = [str(result.data.get("name", "")), str(result.recipe.get("model", {}).get("name", ""))]
-    words += [f"{100 * share:.4g} % of {_of(what)} to keep" for what, share in target.items()]
+    words += [
+        f"{share if isinstance(share, str) else f'{100 * share:.4g} %'} of {_of(what)} to keep"
+        for what, share in target.items()
+    ]
     seeds = len(result.seeds)
     words.append("1 seed" if seeds == 1 else f"{seeds} seeds, shaded from lowest to highest")
     return " · ".join(word for word in words if word)
