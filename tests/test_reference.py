@@ -214,7 +214,7 @@ def test_a_structure_without_any_strength_stays_at_zero():
         for name, dim in (("up", 0), ("up_bias", 0), ("gamma", 0), ("beta", 0)):
             parameters[name].select(dim, 1).zero_()
         parameters["head"].view(4, HIDDEN, 3)[:, 1].zero_()
-    optimizer = torch.optim.SGD(parameters.values(), lr=0.0)
+    optimizer = torch.optim.SGD(parameters.values(), lr=0.1)
     engine = Engine(structures, lambda: parameters, optimizer, SmoothPruning.paper(4), SelfRectifying.paper())
     engine.pick({"hidden": [1]}, 4)
     engine.attach()
