@@ -14,6 +14,7 @@ from decay_pruning.structures import Role, StructureSet
 OUTPUT = "feeds the model's output"
 UNREACHED = "is not reached from the example inputs"
 DEAD = "does not lead to the model's output"
+HEADS = "; its heads stay, since torch's attention is as wide inside as outside"
 LAST = "has a single structure, and a layer never loses its last one"
 
 
@@ -49,6 +50,8 @@ def named(trace: Trace, structures: StructureSet, shared: Mapping[str, str]) -> 
             said[key] = OUTPUT if same else f"shares its width with {head!r}: {said[head]}"
         else:
             said[key] = _of_weights(trace, weights)
+        if isinstance(module, nn.MultiheadAttention) and said.get(key, OUTPUT) != OUTPUT:
+            said[key] += HEADS
     return said
 
 

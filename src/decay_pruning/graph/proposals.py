@@ -96,11 +96,21 @@ class Proposals:
         while search.left:
             search.tried = search.left.pop(0)
             variant = self._alike(first, search.tried)
-            if variant is not None:
+            if variant is not None and self._takes(first, variant):
                 return {first: variant}
         search.done = True
         self._lose(search.reasons)
         return {}
+
+    def _takes(self, name: str, variant: Variant) -> bool:
+        """Whether the attributes are free for this layer group, which then has them: a number follows one width."""
+        attributes = [each for each in variant if isinstance(each, Candidate)]
+        for each in attributes:
+            owner, axis = self._taken.get(each.coupling.place, (name, each.axis))
+            if owner != name and not same(axis, each.axis):
+                return False
+        self._taken |= {each.coupling.place: (name, each.axis) for each in attributes}
+        return True
 
     def _alike(self, name: str, labels: Labels) -> Variant | None:
         """The attributes of a layer group that are called like this."""
