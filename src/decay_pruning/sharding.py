@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from decay_pruning.errors import ConfigError
 
-
 #: What `fully_shard` notes on each module, beside hooks and its state.
 _MARKS = frozenset({"_is_fsdp_managed_module", "_fsdp_use_orig_params"})
 
