@@ -24,7 +24,7 @@ def _work(
 ) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error")
-    wait = datetime.timedelta(seconds=60)
+    wait = datetime.timedelta(seconds=120)
     dist.init_process_group(
         backend, init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=wait
     )

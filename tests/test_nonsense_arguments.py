@@ -52,6 +52,7 @@ FINE = {
     "total_steps": {"none": "unknown; another error says that N is a fraction"},
     "removal": {"none": "as the wrapper allows"},
     "on_event": {"none": "nobody listens"},
+    "group": {"none": "all processes"},
     "example_inputs": {
         "tensor": "the model says itself that it does not run on it",
         "object": "a user's own class of inputs",

@@ -200,6 +200,7 @@ def works(rank, world, folder):
     for name, options in kinds.items():
         torch.manual_seed(rank)  # an importance that draws lots
         model = network("perceptron").float()
+        model.use_fsdp = True  # an attribute of its own
         if name == "from meta":
             model.to("meta")
         if name == "checkpointed":  # a wrapper with hooks of its own, inside
@@ -221,6 +222,7 @@ def works(rank, world, folder):
         pruner.plan()
         report = pruner.finish(force=True)
         pruner.model(example())
+        assert pruner.model.use_fsdp and not hasattr(pruner.model, "reshard")
         assert pruner.model.state_dict().keys() == network("perceptron").state_dict().keys()
         found[name] = (report.macs[1] / report.macs[0], whole(pruner.model))
     return found

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from decay_pruning.checks import shown
 from decay_pruning.errors import ConfigError
 from decay_pruning.state import unwrapped
 from decay_pruning.structures import StructureSet
@@ -43,7 +44,8 @@ class Ranks:
         ready = dist.is_available() and dist.is_initialized()
         if group is not None and not (ready and isinstance(group, dist.ProcessGroup)):
             raise ConfigError(
-                "group must be a torch process group that this process is in, or None for all processes"
+                "group must be a torch process group that this process is in, or None for all processes, got "
+                f"{shown(group)}"
             )
         if not ready:
             return cls()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from decay_pruning import copies, optimizers, processes, proof, shards, surgery
+from decay_pruning import copies, optimizers, processes, proof, sharding, shards, surgery
 from decay_pruning.budget import WITHIN, Cost, CostModel, Target, amount, as_target
 from decay_pruning.checks import Count, Whole, as_inputs, checked
 from decay_pruning.decay import SmoothPruning
@@ -124,8 +124,8 @@ class Pruner:
         self.example_inputs = example_inputs
         self._ranks = processes.Ranks.of(model, group)
         if self._shards is not None:
-            self._shards.check_use(self.removal, self.host, also)
-            self.model = shards.plain(trained, proof.device_of(example_inputs))
+            sharding.check_use(self.removal, self.host, also)
+            self.model = sharding.plain(trained, proof.device_of(example_inputs))
             self._ranks = processes.Ranks(self._shards.groups, self._shards.mesh.device_type)
         model = self.model
         chains = [optimizers.chain(each) for each in optimizers.given(optimizer)]

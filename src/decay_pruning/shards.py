@@ -8,9 +8,7 @@ sharded parameters has the slices, and the numbers, that one of whole parameters
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 
 from decay_pruning.errors import ConfigError
 from decay_pruning.lengths import Lengths
+from decay_pruning.sharding import check_sharding, is_distributed, sharded_modules, whole
 from decay_pruning.slices import Layout, Reading, SliceBatch, Values, dense
 from decay_pruning.structures import Coupling, Picks, Role, StructureSet
 
@@ -33,15 +32,14 @@ class Shards(dict[str, Tensor]):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        for module in _sharded(model).values():
+        for module in sharded_modules(model).values():
             module.reshard()  # a forward pass leaves the outermost parameters whole
         super().__init__(model.named_parameters())
         self.model = model
-        _check(model, self)
-        self.mesh: Any = next(_mesh(p) for p in self.values() if is_distributed(p))
-        self._cut: dict[
-            str, tuple[int, int, int]
-        ] = {}  # name → dimension, first position and end of the own part
+        check_sharding(model, self)
+        self.mesh: Any = next(cast(Any, p).device_mesh for p in self.values() if is_distributed(p))
+        #: Name → the dimension that is cut, the first position of the own part and its end.
+        self._cut: dict[str, tuple[int, int, int]] = {}
         replicas = []
         for name, p in self.items():
             if is_distributed(p):
@@ -121,13 +119,13 @@ class Shards(dict[str, Tensor]):
         """Give a plain copy the values, gradients and buffers that the model has by now."""
         for name, mine in plain.named_parameters():
             p = self[name]
-            mine.data.copy_(_whole(p))
-            mine.grad = None if p.grad is None else _whole(p.grad).to(mine.device, copy=True)
+            mine.data.copy_(whole(p))
+            mine.grad = None if p.grad is None else whole(p.grad).to(mine.device, copy=True)
         for name, value in self.model.named_buffers():
             path, _, leaf = name.rpartition(".")
             owner = plain.get_submodule(path)
             here = cast(Tensor, owner._buffers[leaf]).device
-            owner._buffers[leaf] = self._of_first(_whole(value)).to(here, copy=True)
+            owner._buffers[leaf] = self._of_first(whole(value)).to(here, copy=True)
 
     def _of_first(self, value: Tensor) -> Tensor:
         """The value that the first process has: running statistics differ."""
@@ -135,34 +133,6 @@ class Shards(dict[str, Tensor]):
         for group in self.groups:
             dist.broadcast(here, src=dist.get_global_rank(group, 0), group=group)
         return here
-
-    def check_use(self, removal: str, host: Any, also: Sequence[Any]) -> None:
-        """The settings are ones that shards allow.
-
-        Raises:
-            ConfigError: they are not.
-        """
-        if removal == "at once":
-            raise ConfigError(
-                "the model is sharded, and shards keep their shapes: leave removal='at once' out, so that finish() cuts"
-            )
-        if also:
-            raise ConfigError(
-                "also: copies of a sharded model are not cut along; copy pruner.model after finish()"
-            )
-        name = type(host).__name__
-        if not getattr(host, "rounds", 1):
-            raise ConfigError(
-                f"{name} takes part in every step of the training, and cannot do that on a sharded model: use "
-                "DepGraph, or a function of yours that picks"
-            )
-        if getattr(host, "sparse", None) is not None or getattr(host, "importance", None) == "activation":
-            what = (
-                "sparse learning" if getattr(host, "sparse", None) is not None else "importance 'activation'"
-            )
-            raise ConfigError(
-                f"{what} ({name}) takes part in every step, and cannot do that on a sharded model"
-            )
 
     def check(self, structures: StructureSet) -> None:
         """All that a removal cuts is sharded.
@@ -181,107 +151,9 @@ class Shards(dict[str, Tensor]):
 
 def shards_of(model: nn.Module) -> Shards | None:
     """The shards of a model; None where its parameters are whole."""
-    if _sharded(model) or any(is_distributed(p) for p in model.parameters()):
+    if sharded_modules(model) or any(is_distributed(p) for p in model.parameters()):
         return Shards(model)
     return None
-
-
-def _sharded(model: nn.Module) -> dict[str, Any]:
-    """The modules that `fully_shard` was called on."""
-    if not dist.is_available() or not dist.is_initialized():
-        return {}
-    from torch.distributed.fsdp import FSDPModule
-
-    return {name: module for name, module in model.named_modules() if isinstance(module, FSDPModule)}
-
-
-def is_distributed(tensor: Tensor) -> bool:
-    """Whether it is spread over processes (a DTensor)."""
-    return hasattr(tensor, "full_tensor")
-
-
-def _mesh(tensor: Tensor) -> Any:
-    return cast(Any, tensor).device_mesh
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return cast(Any, tensor.detach()).full_tensor() if is_distributed(tensor) else tensor.detach()
-
-
-def _check(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
-    """The parameters are sharded by `fully_shard`, and by nothing else.
-
-    Raises:
-        ConfigError: they are split in another way.
-    """
-    from torch.distributed.tensor import Replicate, Shard
-
-    sharded = _sharded(model)
-    spread = {name: cast(Any, p) for name, p in parameters.items() if is_distributed(p)}
-    for name, p in spread.items():
-        if p.is_meta:
-            raise ConfigError(
-                f"{name!r} is on the meta device, and has no values yet: give it some (model.to_empty(device=…), then "
-                "load or initialise its weights) before the pruner is built"
-            )
-        under = any(not path or name.startswith(f"{path}.") for path in sharded)
-        cuts = [kind for kind in p.placements if type(kind) is Shard]
-        plain = all(type(kind) in (Shard, Replicate) for kind in p.placements) and len(cuts) <= 1
-        if not under or not plain:
-            raise ConfigError(
-                f"{name!r} is a distributed tensor, split by {', '.join(map(str, p.placements))}: tensor parallelism "
-                "(parallelize_module, distribute_tensor) is not supported, only fully_shard; prune before the model "
-                "is made parallel"
-            )
-        if p.device_mesh != next(iter(spread.values())).device_mesh:
-            raise ConfigError(
-                f"{name!r} is sharded over other processes than {next(iter(spread))!r}: shard all on one device mesh"
-            )
-
-
-# ---------------------------------------------------------------------------------------------- a plain copy
-
-
-def plain(model: nn.Module, device: torch.device) -> nn.Module:
-    """A copy of a sharded model in one piece, as it was before `fully_shard`. All processes have to ask for it."""
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(_whole(p).to(device, copy=True), requires_grad=p.requires_grad)
-        for p in model.parameters()
-    }
-    memo |= {id(b): _whole(b).to(device, copy=True) for b in model.buffers()}
-    with _as_it_was(model):
-        return copy.deepcopy(model, memo)
-
-
-@contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """The model without what `fully_shard` has put on its modules, none of which can be copied."""
-    from torch.distributed.fsdp import FSDPModule
-
-    before = [(module, type(module), dict(vars(module))) for module in model.modules()]
-    try:
-        for module, kind, own in before:
-            if isinstance(module, FSDPModule):
-                module.__class__ = cast(
-                    Any, next(k for k in kind.__mro__[1:] if not issubclass(k, FSDPModule))
-                )
-            for leaf, value in own.items():
-                if "composable_api" in leaf or "fsdp" in leaf:
-                    del module.__dict__[leaf]
-                elif "hooks" in leaf and isinstance(value, dict):
-                    left = {number: hook for number, hook in value.items() if not _of_sharding(hook)}
-                    module.__dict__[leaf] = type(value)(left)
-        yield
-    finally:
-        for module, kind, own in before:
-            module.__class__ = kind
-            module.__dict__.update(own)
-
-
-def _of_sharding(hook: Any) -> bool:
-    owner = type(hook.__self__) if hasattr(hook, "__self__") else hook
-    module = str(getattr(owner, "__module__", ""))
-    return module.startswith(("torch.distributed.fsdp.", "torch.distributed._composable."))
 
 
 # ------------------------------------------------------------------------------------------------ arithmetic
