@@ -168,7 +168,7 @@ class _Ranking(Picker):
     def check(self, scene: Scene, goal: Goal) -> None:
         host = self._host
         if host.uniform:
-            self._kinds = uniform.kinds(scene.model, scene.structures, host.round_to)
+            self._kinds = uniform.kinds(scene.model, scene.structures, host.round_to or 1)
         self._choose(
             scene, {name: torch.zeros(len(group)) for name, group in scene.structures.groups.items()}, goal
         )
