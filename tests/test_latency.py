@@ -1,5 +1,6 @@
 """A latency target is met on the clock, in the steps of the hardware. The clock is a fake one: a staircase."""
 
+import copy
 import json
 import math
 
@@ -302,3 +303,32 @@ def test_a_plan_of_macs_says_what_odd_widths_waste(round_to, told):
                     smooth=SmoothPruning(steps=2), total_steps=9)  # fmt: skip
     plan = pruner.plan()
     assert ("odd widths" in str(plan)) == told == (plan.wasted > 0.15)
+
+
+def test_a_run_goes_on_where_it_was_saved():
+    def steps(model, optimizer, number):
+        for _ in range(number):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(X), LABELS).backward()
+            optimizer.step()
+
+    def fresh():
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+        target = Target(latency=0.6, runtime=Staircase())
+        return (
+            model,
+            optimizer,
+            Pruner(model, X, optimizer, target, smooth=SmoothPruning(steps=6), total_steps=9),
+        )
+
+    model, optimizer, pruner = fresh()
+    steps(model, optimizer, 3)
+    saved = [copy.deepcopy(each.state_dict()) for each in (pruner, model, optimizer)]
+    steps(model, optimizer, 4)
+    other, its, resumed = fresh()
+    for each, state in zip((resumed, other, its), saved, strict=True):
+        each.load_state_dict(state)
+    steps(other, its, 4)
+    assert resumed.finish() == pruner.finish()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
