@@ -4,7 +4,8 @@
     python benchmarks/tables.py --check      # writes nothing; exit code 1 where a page is stale
 
 No number on these pages is written by hand. A new file in results/ appears by itself; the README shows those
-called crepe-*.json, or final-*.json, or digits.json. The pages are docs/results.md and docs/networks.md.
+called crepe-*.json, or final-*.json, or digits.json. Whole pages are docs/results-appendix.md and docs/networks.md;
+in docs/results.md the tables between its marks.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from decay_pruning.lab.stats import Difference, paired, spread
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- table: python benchmarks/tables.py -->", "<!-- end of table -->"
 
-HEAD = """# Results
+HEAD = """# All tables
 
 Written by `python benchmarks/tables.py` from the files in `results/`, not by hand. What the files do not say by
 themselves: [results/README.md](../results/README.md).
@@ -396,6 +397,15 @@ def cost(path: Path, values: dict[str, Any]) -> str:
     return f"### {path.stem}\n\n{said}\n\n{table(head, cells)}"
 
 
+def tried(path: Path, values: dict[str, Any]) -> str:
+    """One result of `benchmarks/matrix.py`: Python and torch, and whether the tests pass."""
+    rows = values["rows"]
+    cells = [[str(row.get(key, "")) for key in ("python", "torch", "said", "passed")] for row in rows]
+    tests = ", ".join(f"`{name}`" for name in values["tests"])
+    said = made(path, values["machine"], values["versions"], values["command"])
+    return f"## Versions\n\n{said} Tests: {tests}.\n\n{table(['Python', 'torch', '', 'tests passed'], cells, left=3)}"
+
+
 def used(root: Path, files: dict[Path, dict[str, Any]]) -> str:
     """Every recipe, and which results were made with it."""
     rows = []
@@ -438,7 +448,8 @@ def pages(root: Path) -> dict[Path, str]:
     reasons = {path: values for path, values in files.items() if path.name.startswith("causes-")}
     joint = {path: values for path, values in files.items() if path.name.startswith("together-")}
     networks = {path: values for path, values in files.items() if path.stem in ("coverage", "fuzz")}
-    others = {*found, *searches, *diagnoses, *reasons, *joint, *networks}
+    versions = {path: values for path, values in files.items() if path.stem == "matrix"}
+    others = {*found, *searches, *diagnoses, *reasons, *joint, *networks, *versions}
     costs = {path: values for path, values in files.items() if path not in others}
     parts = [HEAD, "## Comparisons", *(comparison(*each) for each in {**final, **found}.items())]
     parts += [SEARCHES, *(search(*each) for each in searches.items())]
@@ -446,12 +457,7 @@ def pages(root: Path) -> dict[Path, str]:
     parts += [together(*each) for each in joint.items()]
     parts += [CAUSES, *(causes(*each) for each in reasons.items())] if reasons else []
     parts += ["## Costs", *(cost(*each) for each in costs.items())]
-    parts += ["## Recipes", used(root, files)]
-    readme = (root / "README.md").read_text("utf-8")
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ConfigError(f"README.md has no lines {BEGIN} and {END}")
+    parts += ["## Recipes", used(root, files), *(tried(*each) for each in versions.items())]
     further = {root / "docs" / "networks.md": network_tables.page(networks, table, made)} if networks else {}
     lengths = [root / "results" / f"crepe-{steps}.json" for steps in (250, 500, 1000, 4000)]
     longer = {path: found[path] for path in lengths if path in found}
@@ -462,11 +468,29 @@ def pages(root: Path) -> dict[Path, str]:
         table_of_readme = curve.first_screen(longer, table, link, machine)
     else:
         table_of_readme = summary(shown)
+    findings = root / "docs" / "results.md"
+    if findings.is_file():
+        of = {BEGIN: table_of_readme, BEGIN.replace("table:", "hosts:"): summary(shown)}
+        further[findings] = filled(
+            findings, {k: v.replace("](results/", "](../results/") for k, v in of.items()}
+        )
     return {
         **further,
-        root / "docs" / "results.md": "\n\n".join(part.strip() for part in parts) + "\n",
-        root / "README.md": f"{before}{BEGIN}\n{table_of_readme}\n{END}{after}",
+        root / "docs" / "results-appendix.md": "\n\n".join(part.strip() for part in parts) + "\n",
+        root / "README.md": filled(root / "README.md", {BEGIN: table_of_readme}),
     }
+
+
+def filled(page: Path, tables: dict[str, str]) -> str:
+    """A page that people wrote, with each table between its marks made anew."""
+    text = page.read_text("utf-8")
+    for begin, table in tables.items():
+        before, found, rest = text.partition(begin)
+        _, end, after = rest.partition(END)
+        if not found or not end:
+            raise ConfigError(f"{page.name} has no lines {begin} and {END}")
+        text = f"{before}{begin}\n{table}\n{END}{after}"
+    return text
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:

@@ -54,6 +54,7 @@ def tones(
         train=lambda seed, epoch: make(frames, (seed, epoch)),
         test=make(test_frames, (TEST_SEED, 0)),
         loss=loss,
+        imitation=F.binary_cross_entropy,
         metric=Metric("raw pitch accuracy", score=hits),
         note=f"Frames of {LENGTH} samples at 16 kHz with up to {harmonics} harmonics and noise of {noise[0]:g} to "
         f"{noise[1]:g}, new ones in every epoch; a pitch within {RIGHT:g} cents is right.",

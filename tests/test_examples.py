@@ -43,7 +43,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def test_every_link_and_file_that_the_docs_name_exists():
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), ROOT / "CONTRIBUTING.md"]:
         for part in page.read_text(encoding="utf-8").split("](")[1:]:
             link = part.partition(")")[0]
             if link.startswith("http"):

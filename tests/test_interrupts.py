@@ -15,8 +15,8 @@ from decay_pruning import SelfRectifying, SmoothPruning
 
 from .registry import HOSTS, Run, start
 
-#: A thousand interrupts in all.
-ROUNDS = {name: 1000 // len(HOSTS) for name in HOSTS}
+#: Four hundred interrupts in all.
+ROUNDS = {name: 400 // len(HOSTS) for name in HOSTS}
 
 
 class Tripwire:

@@ -372,11 +372,20 @@ def test_a_fresh_copy_is_cut_like_the_model():
         if run.pruner.progress().removed and halfway is None:
             halfway = copy.deepcopy(run.model)
     assert run.pruner.finish().removed > 0
+    bare = fresh.state_dict()
+    prune_like(bare, run.model)
     for each in (fresh, halfway):
         prune_like(each, run.model)
         assert same_shapes(each, run.model)
+    assert bare.keys() == fresh.state_dict().keys()
+    assert all(torch.equal(bare[name], tensor) for name, tensor in fresh.state_dict().items())
     with pytest.raises(SurgeryError):
         prune_like(build_model("plain"), run.model)
+    for wrong in (build_model("plain").state_dict(), bare):  # other names; cut already
+        before = dict(wrong)
+        with pytest.raises(SurgeryError, match="state dict"):
+            prune_like(wrong, run.model)
+        assert all(wrong[name] is tensor for name, tensor in before.items())
 
 
 def test_a_pruner_says_where_it_stands():

@@ -4,12 +4,14 @@ decay-pruning inspect resnet56
 decay-pruning run recipes/digits.toml --set prune.epochs=20
 decay-pruning compare recipes/digits.toml --seeds 5
 decay-pruning report runs/digits/result.json
-decay-pruning export runs/digits/models/sr-0.safetensors --model digits-cnn --to onnx
+decay-pruning --version
+decay-pruning export runs/digits/models/sr-0.safetensors --model resnet-digits --to onnx
 """
 
 from __future__ import annotations
 
 import logging
+import platform
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,6 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from tyro.conf import Positional, UseAppendAction, arg
 
+from decay_pruning import __version__
 from decay_pruning.errors import ConfigError, DecayPruningError
 
 if TYPE_CHECKING:  # the lab is imported when a command needs it: `--help` and errors stay quick
@@ -255,11 +258,15 @@ Command = (
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point. Errors in settings, data and models end in one line on stderr and exit code 2."""
+    if list(sys.argv[1:] if arguments is None else arguments) == ["--version"]:
+        print(f"decay-pruning {__version__} (Python {platform.python_version()}, torch {torch.__version__})")
+        return
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     command = tyro.cli(
         Command,
         prog="decay-pruning",
-        description="Structured pruning without the accuracy cliff (the Decay Pruning Method).",
+        description="Structured pruning without the accuracy cliff (the Decay Pruning Method). "
+        "--version says which version this is.",
         args=arguments,
     )
     try:
@@ -274,6 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "sklearn",
             "pyarrow",
             "PIL",
+            "torch_pruning",
             "decay_pruning",
         )
         needs = ": this command needs the extra `lab`: pip install 'decay-pruning[lab]'" if ours else ""

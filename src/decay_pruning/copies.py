@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, MutableMapping
 from functools import partial
 from typing import Any
 
@@ -19,16 +19,24 @@ from decay_pruning.structures import Place
 logger = logging.getLogger("decay_pruning")
 
 
-def prune_like(copy: nn.Module, model: nn.Module) -> None:
+def prune_like(copy: nn.Module | MutableMapping[str, Any], model: nn.Module) -> None:
     """Cut a copy of a model as the model has been cut: the same structures, wherever the copy was left behind.
 
     Args:
-        copy: a model with the same names: an average, a momentum encoder, or a fresh one of the original shapes.
+        copy: a model with the same names (an average, a momentum encoder, or a fresh one of the original shapes), or a
+            state dict of the original shapes, whose tensors are replaced.
         model: the model that has been pruned, as a whole.
 
     Raises:
         SurgeryError: the copy has other names or shapes than the model had, or other cuts; the copy is as it was.
     """
+    if isinstance(copy, nn.Module):
+        _cut_module(copy, model)
+    else:
+        copy.update(_cut_tensors(copy, model))
+
+
+def _cut_module(copy: nn.Module, model: nn.Module) -> None:
     kept: dict[Place, Tensor] = {}
     theirs, own = surgery.history(model), surgery.history(copy)
     for place, left in theirs.positions.items():
@@ -44,6 +52,27 @@ def prune_like(copy: nn.Module, model: nn.Module) -> None:
             kept[place] = at
     if kept:
         surgery.shrink(copy, kept)
+
+
+def _cut_tensors(state: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a state dict that are cut, as they will be."""
+    history, cut = surgery.history(model), dict[str, Tensor]()
+    names = model.state_dict().keys()
+    for (name, dim), left in history.positions.items():
+        if name not in names:
+            continue  # an attribute of a module
+        tensor, original = cut.get(name, state.get(name)), history.original[name, dim]
+        if not isinstance(tensor, Tensor):
+            raise SurgeryError(
+                f"the state dict has no tensor {name!r}, which was pruned; it is of another model"
+            )
+        if tensor.dim() <= dim or tensor.shape[dim] != original:
+            raise SurgeryError(
+                f"{name!r} is of shape {tuple(tensor.shape)} in the state dict, and the model had {original} along "
+                f"dimension {dim} before it was pruned; give a state dict that was made before the pruning"
+            )
+        cut[name] = tensor.index_select(dim, left.to(tensor.device))
+    return cut
 
 
 def given(copies: Iterable[Any], model: nn.Module) -> list[nn.Module]:

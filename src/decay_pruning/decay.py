@@ -95,6 +95,7 @@ class SmoothPruning:
 
     @property
     def roles(self) -> frozenset[Role]:
+        """The roles of the slices that fade on the way down."""
         return SLICES[self.slices]
 
     def left(self, n: int, N: int) -> float:

@@ -64,6 +64,7 @@ class Coupling:
 
     @property
     def place(self) -> Place:
+        """The tensor and the dimension."""
         return self.tensor, self.dim
 
 

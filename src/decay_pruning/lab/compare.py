@@ -74,8 +74,13 @@ class Job:
 Watch = Callable[[Job, Step], None]
 
 
-def settings_of(arm: str, prune: Prune) -> tuple[SmoothPruning, SelfRectifying | None] | None:
+def settings_of(
+    arm: str, prune: Prune, others: Iterable[str] = ()
+) -> tuple[SmoothPruning, SelfRectifying | None] | None:
     """How an arm fades and rectifies; None for `dense`, which does not prune.
+
+    Args:
+        others: arms that there are, too, for the message.
 
     Raises:
         ConfigError: no such arm.
@@ -88,9 +93,10 @@ def settings_of(arm: str, prune: Prune) -> tuple[SmoothPruning, SelfRectifying |
         return prune.smooth, None
     if arm == "sr":
         return prune.smooth, prune.rectify or SelfRectifying()
-    near = settings.nearest(arm, ARMS)
+    known = (*ARMS, *others)
+    near = settings.nearest(arm, known)
     hint = f"; did you mean {near!r}?" if near else ""
-    raise ConfigError(f"no arm is called {arm!r}; choose from {', '.join(ARMS)}{hint}")
+    raise ConfigError(f"no arm is called {arm!r}; choose from {', '.join(known)}{hint}")
 
 
 def arm_of(prune: Prune) -> str:
@@ -117,7 +123,7 @@ def compare(
 
     Args:
         recipe: what to do.
-        arms: of `results.ARMS`.
+        arms: of `results.ARMS`, and of the recipe's own.
         seeds: each gives one dense start, and one run of each arm from it.
         out: folder for the result file (written after each run), dense starts, and models if the recipe keeps
             them.
@@ -138,8 +144,8 @@ def compare(
     for arm in arms:
         if arm in PEERS:
             checked(recipe.prune.host)
-        else:
-            settings_of(arm, recipe.prune)
+        elif arm not in recipe.arms:
+            settings_of(arm, recipe.prune, recipe.arms)
     if jobs < 1:
         raise ConfigError(f"jobs must be at least 1, not {jobs}")
     if jobs > 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -167,7 +173,7 @@ def _go_on(
     result = _result(file, recipe, data, command, jobs)
     if on_begin is not None:
         on_begin(result)
-    arms = sorted(set(arms), key=ARMS.index)
+    arms = sorted(set(arms), key=results.order)
     _mind_models(recipe, result, arms, seeds, out)
     runs: dict[int, list[partial[Run]]] = {}
     for seed in dict.fromkeys(seeds):
@@ -207,7 +213,12 @@ def _mind_models(
     """Say which models an earlier call did not keep, where they are asked for now."""
     if not recipe.report.save_models or not _is_main():
         return
-    made = [(a, s) for s in dict.fromkeys(seeds) for a in arms if a not in PEERS and result.find(a, s)]
+    made = [
+        (a, s)
+        for s in dict.fromkeys(seeds)
+        for a in arms
+        if a in ARMS and a not in PEERS and result.find(a, s)
+    ]
     if missing := [f"{arm}-{seed}" for arm, seed in made if not _model_file(out, arm, seed).is_file()]:
         logger.warning(
             "no models of %s: these runs are from an earlier call that did not keep them; "
@@ -303,9 +314,7 @@ def run_arm(
     recorder = _Recorder()
     accuracy_start = evaluate(start, data)
     job = Job(arm, seed)
-    history = _train(
-        recipe, recipe.prune, model, data, seed, job, watch, _pruner_of(arm, recipe.prune, recorder)
-    )
+    history = _train(recipe, recipe.prune, model, data, seed, job, watch, _pruner_of(arm, recipe, recorder))
     if not (math.isfinite(accuracy_start) and math.isfinite(history.accuracy)):
         raise DecayPruningError(
             f"the metric went from {accuracy_start} to {history.accuracy}: the training has diverged, so there is "
@@ -313,7 +322,9 @@ def run_arm(
         )
     one = blank(data, 1, _device(recipe))
     before, after = measure(start, one), measure(model, one)
-    if save_to is not None and _is_main() and arm not in PEERS:  # a manifest needs our own surgery
+    if (
+        save_to is not None and _is_main() and arm not in {*PEERS, *recipe.arms}
+    ):  # a manifest needs our own surgery
         with results.told(save_to):
             save_to.parent.mkdir(parents=True, exist_ok=True)
         manifest.save(model, save_to)
@@ -332,14 +343,15 @@ def run_arm(
         rows=_rows(history.rows),
         events=recorder.counts(),
         lines=recorder.lines(history.rows),
-        report=history.report.to_dict() if history.report is not None else None,
+        report=history.report.to_dict() if hasattr(history.report, "to_dict") else None,
     )
 
 
-def _pruner_of(arm: str, prune: Prune, on_event: Callable[[Event], None]) -> PrunerFactory | None:
+def _pruner_of(arm: str, recipe: Recipe, on_event: Callable[[Event], None]) -> PrunerFactory | None:
     """What makes an arm's pruner; None for `dense`."""
     if arm == "dense":
         return None
+    prune = recipe.prune
 
     def attach(model: nn.Module, example: Tensor, optimizer: Optimizer, total: int) -> PrunerLike:
         shared: dict[str, Any] = {
@@ -350,6 +362,9 @@ def _pruner_of(arm: str, prune: Prune, on_event: Callable[[Event], None]) -> Pru
         }
         if arm in PEERS:
             return TorchPruning(PEERS[arm], model, example[:1], optimizer, prune.target, **shared)
+        if arm in recipe.arms:
+            shared |= {"smooth": prune.smooth, "rectify": prune.rectify}
+            return recipe.arms[arm].attach(model, example[:1], optimizer, prune.target, **shared)
         chosen = settings_of(arm, prune)
         assert chosen is not None
         smooth, rectify = chosen
@@ -387,6 +402,7 @@ def _train(
         eval_every=recipe.report.eval_every,
         cpu=recipe.device == "cpu",
         workers=recipe.data.workers,
+        distill=how.distill if isinstance(how, Prune) else None,
     )
 
 

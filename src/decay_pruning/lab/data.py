@@ -60,6 +60,7 @@ class ImageData:
         note: where the data came from and what was done to it, for reports.
         loss: cross-entropy if not given.
         metric: what is measured on the test images.
+        imitation: see `lab.task.TensorData`.
     """
 
     name: str
@@ -73,6 +74,7 @@ class ImageData:
     note: str = ""
     loss: Loss | None = None
     metric: Metric = TOP1
+    imitation: Callable[[Any, Any], Tensor] | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -106,6 +108,7 @@ class FolderData:
     note: str = ""
     loss: Loss | None = None
     metric: Metric = TOP1
+    imitation: Callable[[Any, Any], Tensor] | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:

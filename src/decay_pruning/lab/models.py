@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,13 +148,34 @@ class VGG(nn.Module):
         return self.classifier(self.features(x).flatten(1))  # type: ignore[no-any-return]
 
 
+class SelfAttention(nn.Module):
+    """Self-attention whose heads can go one by one: their number is nowhere but in the shape of the weights.
+
+    Called, and answering, as `nn.MultiheadAttention`, whose heads cannot.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.head_width = width // heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, *_: Tensor, need_weights: bool = False) -> tuple[Tensor, None]:
+        q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_width)).permute(2, 0, 3, 1, 4)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)), None
+
+
 class EncoderBlock(nn.Module):
     """Pre-norm transformer block: self-attention and a two-layer MLP, each beside a shortcut."""
 
-    def __init__(self, width: int, heads: int, hidden: int) -> None:
+    def __init__(self, width: int, heads: int, hidden: int, own_heads: bool) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
-        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.attention = (
+            SelfAttention(width, heads)
+            if own_heads
+            else nn.MultiheadAttention(width, heads, batch_first=True)
+        )
         self.norm2 = nn.LayerNorm(width)
         self.linear1 = nn.Linear(width, hidden)
         self.linear2 = nn.Linear(hidden, width)
@@ -165,7 +187,10 @@ class EncoderBlock(nn.Module):
 
 
 class ViT(nn.Module):
-    """Vision transformer with learned positions and mean pooling; the defaults are those of ViT-B/16."""
+    """Vision transformer with learned positions and mean pooling; the defaults are those of ViT-B/16.
+
+    With `own_heads` attention is `SelfAttention` in place of `nn.MultiheadAttention`, so that heads can be pruned.
+    """
 
     def __init__(
         self,
@@ -178,6 +203,7 @@ class ViT(nn.Module):
         depth: int = 12,
         heads: int = 12,
         hidden: int | None = None,
+        own_heads: bool = False,
     ) -> None:
         super().__init__()
         if size % patch or width % heads:
@@ -186,7 +212,9 @@ class ViT(nn.Module):
             )
         self.patches = nn.Conv2d(channels, width, patch, patch)
         self.positions = nn.Parameter(torch.randn(1, (size // patch) ** 2, width) * 0.02)
-        self.blocks = nn.Sequential(*(EncoderBlock(width, heads, hidden or 4 * width) for _ in range(depth)))
+        self.blocks = nn.Sequential(
+            *(EncoderBlock(width, heads, hidden or 4 * width, own_heads) for _ in range(depth))
+        )
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)
 
@@ -236,6 +264,12 @@ ZOO: Mapping[str, Entry] = {
     **{f"resnet{depth}": _cifar_resnet(depth) for depth in (20, 32, 56, 110)},
     "vgg16-bn": Entry(VGG, about="13 convolutions and 3 linear layers for 32×32 images"),
     "resnet50": Entry(_resnet50, classes=1000, size=224, about="bottlenecks; stem='imagenet' or 'cifar'"),
+    "vit-digits": Entry(
+        partial(ViT, patch=2, width=64, depth=4, heads=8, own_heads=True),
+        channels=1,
+        size=8,
+        about="a small transformer for 8×8 images, 16 patches and 8 heads; options as vit-b",
+    ),
     "vit-b": Entry(ViT, classes=1000, size=224, about="transformer; patch, width, depth, heads, hidden"),
 }
 

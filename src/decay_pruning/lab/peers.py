@@ -21,7 +21,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -32,6 +31,13 @@ from decay_pruning.errors import BudgetError, ConfigError
 from decay_pruning.hosts import DepGraph, Goal, Host
 from decay_pruning.progress import Progress, PruningReport
 from decay_pruning.surgery import untouched
+
+try:
+    import torch_pruning as tp
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "arms of torch-pruning need it: pip install 'decay-pruning[lab]'", name=error.name
+    ) from error
 
 logger = logging.getLogger(__name__)
 

@@ -25,6 +25,7 @@ _LIGHT = {
     "tp-one-shot": "#7a6400",
     "tp-iterative": "#6d3fc0",
     "tp-growing-reg": "#0b7285",
+    "own": "#8a2f2f",
     "released": "#b3206f",
 }
 _DARK = {
@@ -40,6 +41,7 @@ _DARK = {
     "tp-one-shot": "#d8c25a",
     "tp-iterative": "#b79bff",
     "tp-growing-reg": "#5fd0e0",
+    "own": "#ff9d9d",
     "released": "#f783bd",
 }
 
@@ -107,13 +109,13 @@ class Frame:
         path = " ".join(
             f"{'L' if i else 'M'}{_n(x)} {_n(y)}" for i, (x, y) in enumerate(map(self.at, points))
         )
-        return f'<path class="{kind}" stroke="var(--{colour})" d="{path}"/>'
+        return f'<path class="{kind}" stroke="{colour_of(colour)}" d="{path}"/>'
 
     def band(self, low: Sequence[Point], high: Sequence[Point], colour: str) -> str:
         """The area between two polylines."""
         corners = [*map(self.at, low), *map(self.at, reversed(high))]
         path = " ".join(f"{_n(x)},{_n(y)}" for x, y in corners)
-        return f'<polygon class="band" fill="var(--{colour})" points="{path}"/>'
+        return f'<polygon class="band" fill="{colour_of(colour)}" points="{path}"/>'
 
     def area(self, points: Sequence[Point], colour: str) -> str:
         """The area under a polyline."""
@@ -123,7 +125,7 @@ class Frame:
         """A filled circle with a rim in the colour of the background."""
         x, y = self.at(point)
         return (
-            f'<circle cx="{_n(x)}" cy="{_n(y)}" r="{radius}" fill="var(--{colour})" stroke="var(--bg)" '
+            f'<circle cx="{_n(x)}" cy="{_n(y)}" r="{radius}" fill="{colour_of(colour)}" stroke="var(--bg)" '
             f'stroke-width="1.2"/>'
         )
 
@@ -152,7 +154,7 @@ def svg(width: float, height: float, body: str, title: str, *, attributes: str =
 
 def text(x: float, y: float, words: str, kind: str = "", colour: str = "") -> str:
     """A line of text."""
-    fill = f' style="fill:var(--{colour})"' if colour else ""
+    fill = f' style="fill:{colour_of(colour)}"' if colour else ""
     return f'<text x="{_n(x)}" y="{_n(y)}" class="{kind}"{fill}>{escape(words)}</text>'
 
 
@@ -182,3 +184,8 @@ def number(value: float) -> str:
 
 def _n(value: float) -> str:
     return f"{value:.1f}".removesuffix(".0")
+
+
+def colour_of(name: str) -> str:
+    """The colour of this name; of an arm of someone's own, which has none, that of all such arms."""
+    return f"var(--{name if name in _LIGHT else 'own'})"

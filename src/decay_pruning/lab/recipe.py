@@ -9,6 +9,8 @@
   .host         who picks (`kind`, then that host's own settings)
   .smooth       how picks fade
   .rectify      when they are let go; `rectify = false` for never
+  .distill      optional: the dense start as a teacher
+[arms.NAME]     optional: ways to prune of your own, as further arms
 [report]        what is measured and kept
 """
 
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,16 +26,23 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
+from decay_pruning import hosts
 from decay_pruning.budget import Target
 from decay_pruning.checks import Count, NotNegative, Positive, Share, Whole, check
 from decay_pruning.decay import SmoothPruning
 from decay_pruning.errors import ConfigError
-from decay_pruning.hosts import HOSTS, DepGraph, Host, SparseLearning
+from decay_pruning.hosts import DepGraph, Host, SparseLearning
 from decay_pruning.lab import data as data_sets
 from decay_pruning.lab import models, own, settings
 from decay_pruning.lab.data import Data
+from decay_pruning.lab.distillation import Distillation
+from decay_pruning.lab.plugins import OwnArm, OwnHost
+from decay_pruning.lab.results import ARMS
 from decay_pruning.lab.trainer import TrainSettings
 from decay_pruning.rectify import SelfRectifying
+
+#: Hosts by their `kind`.
+HOSTS: Mapping[str, type] = {**hosts.HOSTS, "own": OwnHost}
 
 
 @dataclass(frozen=True)
@@ -157,6 +167,7 @@ class Prune(TrainSettings):
         host: who picks.
         smooth: how picks fade.
         rectify: when they are let go again, or None.
+        distill: how the dense start teaches, all arms alike, or None.
     """
 
     start: NotNegative = 0.0
@@ -164,6 +175,7 @@ class Prune(TrainSettings):
     host: Host = field(default_factory=DepGraph, metadata=settings.Kinds(lambda: HOSTS, "depgraph").metadata)
     smooth: SmoothPruning = field(default_factory=SmoothPruning)
     rectify: SelfRectifying | None = field(default_factory=SelfRectifying)
+    distill: Distillation | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -197,6 +209,7 @@ class Recipe:
         name: short, for folders: a plain one, without separators.
         title: for reports.
         device: "auto" takes a GPU where there is one.
+        arms: name → an arm of your own.
     """
 
     name: str = "recipe"
@@ -208,9 +221,16 @@ class Recipe:
     sparse: Sparse | None = None
     prune: Prune = field(default_factory=Prune)
     report: ReportSettings = field(default_factory=ReportSettings)
+    arms: Mapping[str, OwnArm] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check(self)
+        for arm in self.arms:
+            if arm in ARMS or not re.fullmatch(r"[a-z][a-z0-9-]*", arm):
+                raise ConfigError(
+                    f"arms.{arm}: an arm of your own has a name of small letters, digits and hyphens, and none of "
+                    f"{', '.join(ARMS)}"
+                )
         if not _is_folder_name(self.name):
             raise ConfigError(
                 f"name must be that of one plain folder, without / \\ : and the like, not {self.name[:60]!r}"
@@ -291,7 +311,13 @@ def load(path: str | Path, assignments: Iterable[str] = ()) -> Recipe:
     values = settings.read(path)
     values.setdefault("name", path.stem)
     values = settings.override(values, assignments)
-    for section in (values.get("data"), values.get("model")):
+    prune, arms = values.get("prune"), values.get("arms")
+    sections = [
+        values.get("data"),
+        values.get("model"),
+        prune.get("host") if isinstance(prune, dict) else None,
+    ]
+    for section in [*sections, *(arms.values() if isinstance(arms, dict) else ())]:
         if isinstance(section, dict) and ":" in str(section.get("name")):
             section.setdefault("beside", str(path.parent.resolve()))
     return Recipe.from_dict(values)

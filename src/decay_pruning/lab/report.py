@@ -14,15 +14,14 @@ from typing import Any, get_args
 
 from decay_pruning.budget import Quantity
 from decay_pruning.errors import ConfigError
-from decay_pruning.lab.plot import FONT, Frame, Point, number, style, svg, text, ticks
-from decay_pruning.lab.results import ARMS, TITLES, Result, Run, Summary, summarise
+from decay_pruning.lab.plot import FONT, Frame, Point, colour_of, number, style, svg, text, ticks
+from decay_pruning.lab.results import TITLES, Result, Run, Summary, summarise
 from decay_pruning.lab.stats import Difference, Spread, signed
 
 #: Size of one panel of the main figure, in pixels.
 _WIDTH, _HEIGHT = 340, 424
 #: Panels side by side.
 _COLUMNS = 3
-_PRUNED = ARMS[1:]
 
 
 def render(result: Result) -> str:
@@ -56,7 +55,7 @@ def figure(result: Result) -> str:
         ConfigError: nothing in the result was pruned.
     """
     _check(result)
-    arms = [arm for arm in _PRUNED if arm in result.arms]
+    arms = [arm for arm in result.arms if arm != "dense"]
     if not arms:
         raise ConfigError("the figure shows pruned arms; this result has none")
     pad, top, gap = 24, 82, 20
@@ -259,7 +258,7 @@ def _table_row(s: Summary) -> str:
         f"{s.latency.mean:.3g}{faster}",
         f"{s.released:.3g} <span class=note>of {s.picked:.3g}</span>" if s.picked else "—",
     ]
-    key, arm = f'<span class=key style="--c:var(--{escape(s.arm)})"></span>', escape(TITLES.get(s.arm, s.arm))
+    key, arm = f'<span class=key style="--c:{colour_of(s.arm)}"></span>', escape(TITLES.get(s.arm, s.arm))
     head = f"<th scope=row><span>{key}{arm}</span> <code>{escape(s.arm)}</code>"
     return f"<tr>{head}" + "".join(f"<td>{cell}" for cell in cells) + "</tr>"
 
@@ -280,12 +279,12 @@ def _difference(d: Difference | None) -> str:
 
 
 def _fading(result: Result) -> str:
-    arms = [arm for arm in _PRUNED if arm in result.arms]
+    arms = [arm for arm in result.arms if arm != "dense"]
     if not arms:
         return ""
     panels = ""
     for arm in arms:
-        name = f"{TITLES[arm]}: {_story(result, arm)}"
+        name = f"{TITLES.get(arm, arm)}: {_story(result, arm)}"
         panels += f"<figure>{svg(_WIDTH, _HEIGHT, _panel(result, arm), name)}</figure>"
     ghosts = " Grey: the other arms" + (" (dashed: not pruned)." if "dense" in result.arms else ".")
     shown = f" Norms are those of seed {result.seeds[0]}" + (
@@ -336,7 +335,7 @@ def _seeds(result: Result) -> str:
 
 def _macs(result: Result) -> str:
     """MACs over steps: a staircase."""
-    pruned = [arm for arm in result.arms if arm in _PRUNED]
+    pruned = [arm for arm in result.arms if arm != "dense"]
     if not pruned:
         return ""
     steps = float(max(run.steps for run in result.runs))
@@ -361,7 +360,7 @@ def _macs(result: Result) -> str:
 
 
 def _layers(result: Result) -> str:
-    arms = [arm for arm in _PRUNED if any((run.report or {}).get("widths") for run in result.of(arm))]
+    arms = [arm for arm in result.arms if any((run.report or {}).get("widths") for run in result.of(arm))]
     if not arms:
         return ""
     widths = {arm: _widths(result.of(arm)) for arm in arms}

@@ -6,6 +6,7 @@ on where it was.
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -101,6 +102,20 @@ class Run:
     lines: tuple[Line, ...] = ()
     report: dict[str, Any] | None = None
 
+    def figures(self) -> dict[str, Any]:
+        """What is one value a run, pairs as `…_before` and `…_after`, with the counts of its report."""
+        found: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name in ("macs", "params", "latency"):
+                found |= {f"{f.name}_before": value[0], f"{f.name}_after": value[1]}
+            elif isinstance(value, str | int | float) or f.name == "accuracy_removed":
+                found[f.name] = value
+        for name, value in (self.report or {}).items():
+            if isinstance(value, int | float):
+                found.setdefault(name, value)
+        return found
+
 
 @dataclass(frozen=True)
 class Result:
@@ -159,10 +174,22 @@ class Result:
         """Seeds that have a run."""
         return sorted({run.seed for run in self.runs})
 
+    def frame(self) -> Any:
+        """A pandas DataFrame with a row for each run: figures and counts, before and after where there are both.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        try:
+            pandas: Any = importlib.import_module("pandas")
+        except ImportError as error:
+            raise ConfigError("a DataFrame needs pandas: pip install pandas") from error
+        return pandas.DataFrame([run.figures() for run in self.runs])
+
     def with_run(self, run: Run) -> Result:
         """This result and one more run, in place of an earlier one of the same arm and seed."""
         others = [r for r in self.runs if (r.arm, r.seed) != (run.arm, run.seed)]
-        return replace(self, runs=tuple(sorted([*others, run], key=lambda r: (r.seed, _order(r.arm)))))
+        return replace(self, runs=tuple(sorted([*others, run], key=lambda r: (r.seed, order(r.arm)))))
 
     def save(self, path: str | Path) -> None:
         """Write to `path`, atomically: a reader sees the old file or the new one."""
@@ -401,7 +428,8 @@ def _no_number(constant: str) -> float:
     raise ValueError(f"{constant} is not a number")
 
 
-def _order(arm: str) -> tuple[int, str]:
+def order(arm: str) -> tuple[int, str]:
+    """What arms are sorted by; one's own come last."""
     return (ARMS.index(arm) if arm in ARMS else len(ARMS), arm)
 
 

@@ -117,6 +117,8 @@ class TensorData:
         metric: what is measured on the test samples.
         classes: class names, where there are classes.
         note: where the data came from and what was done to it, for reports.
+        imitation: (outputs, outputs of a teacher) → the mean of their distance over a batch, for distillation where the
+            loss is not cross-entropy.
     """
 
     name: str
@@ -126,6 +128,7 @@ class TensorData:
     metric: Metric = TOP1
     classes: tuple[str, ...] = ()
     note: str = ""
+    imitation: Callable[[Any, Any], Tensor] | None = None
 
     def __post_init__(self) -> None:
         _check(self.test, f"the test samples of {self.name}")

@@ -17,8 +17,6 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -26,7 +24,16 @@ from decay_pruning.checks import NotNegative, OneOf, Positive, Share, Whole, che
 from decay_pruning.errors import ConfigError
 from decay_pruning.hosts import Phase
 from decay_pruning.lab.data import AUGMENTATIONS, Batches, Data
+from decay_pruning.lab.distillation import Distillation, Teacher
 from decay_pruning.lab.task import Split, is_floating
+
+try:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "the lab trains by accelerate: pip install 'decay-pruning[lab]'", name=error.name
+    ) from error
 
 logger = logging.getLogger(__name__)
 
@@ -213,9 +220,10 @@ def train(
     eval_every: float | None = 1,
     cpu: bool = False,
     workers: int = 0,
+    distill: Distillation | None = None,
 ) -> History:
     """Train `model` in place; see `Training` for the arguments and `Training.run` for the errors."""
-    training = Training(model, data, settings, seed=seed, cpu=cpu, workers=workers)
+    training = Training(model, data, settings, seed=seed, cpu=cpu, workers=workers, distill=distill)
     return training.run(pruner_factory, on_step=on_step, eval_every=eval_every)
 
 
@@ -255,6 +263,7 @@ class Training:
         seed: of data order, augmentation and dropout. Equal seeds give equal runs on a CPU.
         cpu: stay on the CPU even if there is a GPU.
         workers: processes that decode images (image folders only).
+        distill: how the model learns from what it is now, or None.
 
     Raises:
         ConfigError: settings that do not fit the data, the device or the number of processes.
@@ -269,6 +278,7 @@ class Training:
         seed: int,
         cpu: bool = False,
         workers: int = 0,
+        distill: Distillation | None = None,
     ) -> None:
         if cpu or not torch.cuda.is_available():
             if settings.precision == "fp16":
@@ -281,6 +291,11 @@ class Training:
             raise ConfigError(f"label_smoothing is for cross-entropy, and {data.name} has a loss of its own")
         if settings.mixup and not is_floating(data):
             raise ConfigError(f"mixup mixes inputs, and those of {data.name} are whole numbers")
+        if distill is not None and data.loss is not None and data.imitation is None:
+            raise ConfigError(
+                f"{data.name} has a loss of its own: to distill, it must also name `imitation`, a function of the "
+                "outputs and the teacher's outputs"
+            )
         self.settings, self.seed, self.model = settings, seed, model
         self._own_loss = data.loss
         self.accelerator = _accelerator(settings, cpu)
@@ -304,6 +319,7 @@ class Training:
         model.to(self.device)
         if settings.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._teacher = None if distill is None else Teacher(model, distill, data.imitation)
         self.optimizer = _optimizer(model, settings)
         self._stepper = self.accelerator.prepare_optimizer(self.optimizer, device_placement=False)
         self._forward: nn.Module = model
@@ -416,15 +432,19 @@ class Training:
         return loss
 
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
-        """Mean loss of a batch, mixed with its own permutation where the settings say so."""
+        """Mean loss of a batch, mixed with its own permutation and with the teacher's where the settings say so."""
         loss = self._own_loss or partial(F.cross_entropy, label_smoothing=self.settings.label_smoothing)
         if not self.settings.mixup:
-            return loss(self._forward(x), y)
-        alpha = torch.tensor(self.settings.mixup)
-        share = float(torch.distributions.Beta(alpha, alpha).sample())
-        other = torch.randperm(len(x)).to(x.device)
-        out = self._forward(share * x + (1 - share) * x[other])
-        return share * loss(out, y) + (1 - share) * loss(out, y[other])
+            out = self._forward(x)
+            mean = loss(out, y)
+        else:
+            alpha = torch.tensor(self.settings.mixup)
+            share = float(torch.distributions.Beta(alpha, alpha).sample())
+            other = torch.randperm(len(x)).to(x.device)
+            x = share * x + (1 - share) * x[other]
+            out = self._forward(x)
+            mean = share * loss(out, y) + (1 - share) * loss(out, y[other])
+        return mean if self._teacher is None else self._teacher.blend(mean, out, x)
 
     def _wrap(self) -> None:
         """Wrap the model for compilation and for several processes, again after shapes have changed."""
