@@ -10,6 +10,7 @@ weights and activations; accuracy, size of the file, and time of a batch of 256.
 from __future__ import annotations
 
 import json
+import platform
 import sys
 import tempfile
 import time
@@ -86,9 +87,9 @@ def main() -> None:
                 f"{kind:<13} {found[kind]['accuracy']:.1f} %, {found[kind]['KiB']:.0f} KiB, {found[kind]['ms']:.3f} ms"
             )
     if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text(
-            json.dumps({"command": "python examples/int8.py", "figures": found}, indent=1)
-        )
+        versions = {each.__name__: each.__version__ for each in (torch, onnxruntime)}
+        made = {"command": "python examples/int8.py", "versions": versions, "machine": platform.machine()}
+        Path(sys.argv[1]).write_text(json.dumps({**made, "figures": found}, indent=1))
 
 
 if __name__ == "__main__":

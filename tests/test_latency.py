@@ -1,5 +1,7 @@
 """A latency target is met on the clock, in the steps of the hardware. The clock is a fake one: a staircase."""
 
+import copy
+import dataclasses
 import json
 import math
 
@@ -18,10 +20,12 @@ from decay_pruning import (
     SmoothPruning,
     Target,
     choose,
+    measure,
 )
 from decay_pruning.budget import CostModel
-from decay_pruning.speed import Table, Work
+from decay_pruning.speed import Table, Work, uses
 from decay_pruning.speed import _table as tables
+from decay_pruning.speed._works import doing
 
 STEP = 8
 
@@ -302,3 +306,77 @@ def test_a_plan_of_macs_says_what_odd_widths_waste(round_to, told):
                     smooth=SmoothPruning(steps=2), total_steps=9)  # fmt: skip
     plan = pruner.plan()
     assert ("odd widths" in str(plan)) == told == (plan.wasted > 0.15)
+
+
+def test_a_run_goes_on_where_it_was_saved():
+    def steps(model, optimizer, number):
+        for _ in range(number):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(X), LABELS).backward()
+            optimizer.step()
+
+    def fresh():
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+        target = Target(latency=0.6, runtime=Staircase())
+        return (
+            model,
+            optimizer,
+            Pruner(model, X, optimizer, target, smooth=SmoothPruning(steps=6), total_steps=9),
+        )
+
+    model, optimizer, pruner = fresh()
+    steps(model, optimizer, 3)
+    saved = [copy.deepcopy(each.state_dict()) for each in (pruner, model, optimizer)]
+    steps(model, optimizer, 4)
+    other, its, resumed = fresh()
+    for each, state in zip((resumed, other, its), saved, strict=True):
+        each.load_state_dict(state)
+    steps(other, its, 4)
+    assert resumed.finish() == pruner.finish()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.out = nn.LSTM(4, 6, 2, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.out(self.rnn(x)[0])
+
+
+class Does(nn.Module):
+    def __init__(self, work):
+        super().__init__()
+        self.work = work
+
+    def forward(self, _):
+        return self.work()
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "macs"),
+    [
+        (nn.Conv2d(4, 16, 3, padding=1), torch.randn(2, 4, 5, 5), 2 * 25 * 4 * 16 * 9),
+        (nn.Conv2d(6, 6, 3, groups=6), torch.randn(1, 6, 5, 5), 9 * 6 * 9),
+        (nn.ConvTranspose2d(4, 8, 3, groups=2), torch.randn(1, 4, 5, 5), 25 * 4 * 4 * 9),
+        (nn.Linear(4, 8), torch.randn(2, 7, 4), 2 * 7 * 4 * 8),
+        (Recurrent(), torch.randn(2, 5, 4), 10 * 24 * (4 + 6 + 6 + 6) + 10 * 18),
+    ],
+    ids=["conv", "depthwise", "grouped-transposed", "linear", "lstm"],
+)
+def test_every_product_is_a_work_that_can_be_done_alone(model, x, macs):
+    """And at other widths; what is done has as many multiply-accumulates as the layer."""
+    found = uses(model, x)
+    for use in found:
+        for factor in (0.5, 1, 1.5):
+            sizes = tuple(max(1, int(size * factor)) for size in use.work.sizes)
+            doing(dataclasses.replace(use.work, sizes=sizes), CPU)()
+    counted = 0
+    for use in found:
+        if use.work.kind == "products":
+            counted += use.times * use.work.sizes[0]
+        elif use.work.kind != "elements":
+            counted += use.times * measure(Does(doing(use.work, CPU)), x).macs
+    assert counted == macs

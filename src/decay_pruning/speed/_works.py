@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from decay_pruning.counting import EINSTEIN, RULES, VIEWS, Ledger, Makers, count, joined, spelled
+from decay_pruning.counting import EINSTEIN, RULES, VIEWS, Ledger, Makers, Product, count, joined, spelled
 from decay_pruning.structures import Place
 
 #: Pairs of names and plain values, all that is the same at every width.
@@ -68,9 +68,12 @@ def uses(model: nn.Module, example_inputs: Any) -> list[Use]:
         GraphError: the model does not run on these inputs.
     """
     found: dict[Any, Use] = {}
+    products = 0  # of the ledger that have been looked at
 
     def see(ledger: Ledger, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
-        for use in _of(ledger, name, args, kwargs, out):
+        nonlocal products
+        new, products = ledger.products[products:], len(ledger.products)
+        for use in _of(ledger, new, name, args, kwargs, out):
             key = use.work, tuple(tuple(sorted(makers.items())) for makers in use.makers)
             found[key] = replace(use, times=found[key].times + 1) if key in found else use
 
@@ -78,7 +81,14 @@ def uses(model: nn.Module, example_inputs: Any) -> list[Use]:
     return list(found.values())
 
 
-def _of(ledger: Ledger, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Iterable[Use]:
+def _of(
+    ledger: Ledger,
+    products: Sequence[Product],
+    name: str,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    out: Any,
+) -> Iterable[Use]:
     if name in VIEWS:
         return
     if name in ("aten::convolution", "aten::_convolution", "aten::convolution_overrideable"):
@@ -88,8 +98,9 @@ def _of(ledger: Ledger, name: str, args: Sequence[Any], kwargs: Mapping[str, Any
         yield _matmul(ledger, args[first], args[second], spec)
     elif name == "attention":
         yield _attention(ledger, *[*args, *kwargs.values()][:3])
-    elif name in RULES and name != "aten::embedding":
-        yield _any(ledger, args)
+    elif name in RULES and name != "aten::embedding":  # of several matrices: recurrent layers, experts
+        for product in products:
+            yield _any(product, args)
     else:
         for each in tree_leaves(out):
             if isinstance(each, Tensor) and each.numel() and not _is_view(each, args):
@@ -104,7 +115,7 @@ def _convolution(
     """In and out channels of each group, and how many groups."""
     axes = [joined([axis]) for axis in ledger.axes(weight)]
     if transposed and groups > 1:
-        return _any(ledger, weight)
+        return _any(ledger.products[-1], weight)
     wide = (joined([ledger.axes(x)[1]]), *axes[:2]) if groups > 1 else axes[:2]
     sizes = (x.shape[1], *weight.shape[:2]) if groups > 1 else tuple(weight.shape[:2])
     if groups > 1 and weight.shape[1] == 1 and not transposed:  # depthwise: one width
@@ -159,9 +170,8 @@ def _attention(ledger: Ledger, query: Tensor, key: Tensor, value: Tensor) -> Use
     return Use(Work("attention", (heads, query.shape[-1]), (*how.items(), _dtype(query))), makers)
 
 
-def _any(ledger: Ledger, args: Any) -> Use:
-    """The last product, by its number of multiply-accumulates."""
-    product = ledger.products[-1]
+def _any(product: Product, args: Any) -> Use:
+    """A product by its number of multiply-accumulates."""
     return Use(Work("products", (max(1, product.macs),), (_dtype(args),)), (product.makers,))
 
 
