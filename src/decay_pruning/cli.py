@@ -5,7 +5,6 @@ decay-pruning run recipes/digits.toml --set prune.epochs=20
 decay-pruning compare recipes/digits.toml --seeds 5
 decay-pruning report runs/digits/result.json
 decay-pruning --version
-decay-pruning export runs/digits/models/sr-0.safetensors --model digits-cnn --to onnx
 decay-pruning export runs/digits/models/sr-0.safetensors --model resnet-digits --to onnx
 """
 
