@@ -49,7 +49,7 @@ MODELS: dict[str, tuple[str, ...]] = {
 }
 TARGET = 0.25
 _ATTENTION = r"attn|attention|query|key|value|qkv|q_proj|k_proj|v_proj|k_lin|q_lin|v_lin|\.[qkv]$|c_attn"
-_FFN = r"mlp|ffn|\.fc[12]|\.lin[12]$|intermediate|dense|\.w[io]$|gate_proj|up_proj|c_fc|feed_forward|linear1"
+_FFN = r"mixer\.conv1d|mlp|ffn|\.fc[12]|\.lin[12]$|intermediate|dense|\.w[io]$|gate_proj|up_proj|c_fc|feed_forward|linear1"
 _STEM = r"embed|patch|wte|wpe|shared$|token|class_token|conv_proj|projection$|features\.0"
 _OUT = r"out_proj|o_proj|proj$|c_proj|fc2|output\.dense|down|\.o$|\.wo$|dense_4h_to_h|out_lin|lin2|reduction|\.3$"
 
@@ -64,7 +64,7 @@ def kind_of_group(group: LayerGroup) -> str:
     if any(re.search(_STEM, name) for name in names) or len(columns) > 3:
         return "residual width"
     if any(re.search(_ATTENTION, name) for name in names):
-        wide = {c.tensor: c.position.numel() for c in rows if c.tensor.endswith("weight")}
+        wide = {c.tensor: c.position.numel() for c in rows if "bias" not in c.tensor}
         return "KV groups" if len(set(wide.values())) > 1 else "heads"
     return "FFN" if any(re.search(_FFN, name) for name in names) else "other"
 
@@ -73,7 +73,7 @@ def kind_of_layer(name: str) -> str:
     """The same of a layer that is no layer group."""
     if re.search(_STEM, name) or (re.search(_OUT, name) and not re.search(r"qkv|in_proj", name)):
         return "residual width"
-    if "expert" in name:
+    if "expert" in name or name.endswith("mlp.gate"):
         return "experts"
     if re.search(_ATTENTION, name):
         return "heads"
@@ -144,23 +144,33 @@ def _difference(model: nn.Module, x: Any, structures: StructureSet, picks: dict[
     return max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs if a.is_floating_point())
 
 
-def _kinds(structures: StructureSet) -> dict[str, dict[str, Any]]:
-    """Kind → numbers of structures in each layer group, and reasons of what is none."""
-    found: dict[str, dict[str, Any]] = {kind: {"structures": [], "reasons": []} for kind in KINDS}
+def _kinds(structures: StructureSet) -> dict[str, list[int]]:
+    """Kind → numbers of structures in each layer group."""
+    found: dict[str, list[int]] = {kind: [] for kind in KINDS}
     for group in structures.groups.values():
-        found[kind_of_group(group)]["structures"].append(len(group))
-    for layer, why in structures.unprunable.items():
-        if not why.startswith(("shares its width", "feeds the model's output")) or re.search(_STEM, layer):
-            reasons = found[kind_of_layer(layer)]["reasons"]
-            short = _short(why)
-            if short not in reasons:
-                reasons.append(short)
+        found[kind_of_group(group)].append(len(group))
     return found
 
 
+def _reasons(unprunable: dict[str, str]) -> dict[str, list[str]]:
+    """Kind → reasons of what is no layer group, each once."""
+    found: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    for layer, why in unprunable.items():
+        kind, short = kind_of_layer(layer), _short(why)
+        said = why.startswith(("shares its width", "feeds", "has a single", "is not reached"))
+        if not said and short not in found[kind]:
+            found[kind].append(short)
+    if not found["residual width"] and any(why.startswith("feeds") for why in unprunable.values()):
+        found["residual width"].append("feeds the model's output")
+    return {kind: some[:2] for kind, some in found.items()}
+
+
 def _short(why: str) -> str:
-    why = re.sub(r"'[^']*\.(\d+)\.[^']*'", lambda m: m.group(0).replace(m.group(1), "…"), why)
-    return why.split("; nor with")[0].replace(" (allow_inexact=True prunes it all the same)", "")
+    """Without the numbers of layers and of sizes, so that blocks of one kind say the same."""
+    why = re.sub(r"(?<=\.)\d+(?=\.)", "…", why.split("; nor with")[0])
+    return re.sub(r"; its width is split by .*", "", why).replace(
+        " (allow_inexact=True prunes it all the same)", ""
+    )
 
 
 def _kept_by(model: nn.Module, x: Any, structures: StructureSet) -> list[str]:
@@ -214,6 +224,8 @@ is returned beside the predictions, these are named (`outputs=`).
 - **Heads**, **KV groups** (a head of keys and values with all its queries), **FFN**, **residual width**, **experts**
   (channels inside of them): the structures of each layer group, or the number of the note that says why there are none.
   A dash: the model has none.
+  Phi-3's are offsets in all heads and layers (pairs under rotary positions), since how many heads its fused layer has
+  stands on a config that all layers share; Mamba's FFN is its inner width.
 - **Left**: the share of MACs that is left after `Target(macs=0.25)`; where that is out of reach, after as much as
   there is, and the note says what keeps the rest.
 - **Difference**: every second structure of every layer group is removed at once; the largest change of any output,
@@ -257,13 +269,10 @@ def page(values: dict[str, Any]) -> str:
         if "error" in one:
             lines.append(f"| `{name}` | {note(one['error'])} |" + " |" * (len(kinds) + 2))
             continue
-        row = [f"`{name}`"]
+        row, reasons = [f"`{name}`"], _reasons(one["unprunable"])
         for kind in kinds:
-            each = one["kinds"][kind]
-            cell = _counts(each["structures"])
-            if not cell or kind == "heads":
-                cell = " ".join([cell, *(note(why) for why in each["reasons"])]).strip()
-            row.append(cell or "—")
+            cell = _counts(one["kinds"][kind])
+            row.append(cell or " ".join(map(note, reasons[kind])) or "—")
         kept = "".join(f" {note(why)}" for why in one["kept by"]) if one["left"] > TARGET + 0.005 else ""
         row.append(f"{100 * one['left']:.1f}{kept}")
         row += [
