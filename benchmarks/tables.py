@@ -389,6 +389,17 @@ def cost(path: Path, values: dict[str, Any]) -> str:
             + [f"{100 * row['of_forward_backward'][k]:.3f} ({100 * row['of_sgd'][k]:.1f})" for k in arms]
             for row in rows
         ]
+    elif "kind" in rows[0]:
+        said += " Seconds of one core; GB of the whole process."
+        seconds = dict.fromkeys(name for row in rows for name in row.get("seconds", {}))
+        head = ["model", "structures", "parameters", *seconds, "GB"]
+        cells = [
+            [row["kind"], f"{row['structures']:,}", f"{row['parameters']:,}"]
+            + [f"{row['seconds'][k]:.2f}" if k in row["seconds"] else "" for k in seconds]
+            + [f"{row['peak'] / 1e9:.2f}"]
+            for row in rows
+            if "seconds" in row
+        ]
     else:
         head = list(rows[0])
         cells = [
