@@ -49,7 +49,10 @@ MODELS: dict[str, tuple[str, ...]] = {
 }
 TARGET = 0.25
 _ATTENTION = r"attn|attention|query|key|value|qkv|q_proj|k_proj|v_proj|k_lin|q_lin|v_lin|\.[qkv]$|c_attn"
-_FFN = r"mixer\.conv1d|mlp|ffn|\.fc[12]|\.lin[12]$|intermediate|dense|\.w[io]$|gate_proj|up_proj|c_fc|feed_forward|linear1"
+_FFN = (
+    r"mixer\.conv1d|mlp|ffn|\.fc[12]|\.lin[12]$|intermediate|dense|\.w[io]$|gate_proj|up_proj|c_fc"
+    r"|feed_forward|linear1"
+)
 _STEM = r"embed|patch|wte|wpe|shared$|token|class_token|conv_proj|projection$|features\.0"
 _OUT = r"out_proj|o_proj|proj$|c_proj|fc2|output\.dense|down|\.o$|\.wo$|dense_4h_to_h|out_lin|lin2|reduction|\.3$"
 
