@@ -163,6 +163,6 @@ def test_averages_of_one_criterion_are_not_read_as_those_of_another():
         run.step()
     other = start("residual", "depgraph", rectify=SelfRectifying())
     with pytest.raises(
-        ConfigError, match=r"SR had measured \['c_rate', 'c_len'\] there, and measures \['growth'"
+        ConfigError, match=r"SR had measured \['c_rate', 'c_len'\] there, and measures \['worth'"
     ):
         other.pruner.load_state_dict(run.pruner.state_dict())
