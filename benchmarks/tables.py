@@ -460,7 +460,8 @@ def pages(root: Path) -> dict[Path, str]:
     joint = {path: values for path, values in files.items() if path.name.startswith("together-")}
     networks = {path: values for path, values in files.items() if path.stem in ("coverage", "fuzz")}
     versions = {path: values for path, values in files.items() if path.stem == "matrix"}
-    others = {*found, *searches, *diagnoses, *reasons, *joint, *networks, *versions}
+    elsewhere = {path for path in files if path.stem in ("transformers", "int8-example")}  # on pages of their own
+    others = {*found, *searches, *diagnoses, *reasons, *joint, *networks, *versions, *elsewhere}
     costs = {path: values for path, values in files.items() if path not in others}
     parts = [HEAD, "## Comparisons", *(comparison(*each) for each in {**final, **found}.items())]
     parts += [SEARCHES, *(search(*each) for each in searches.items())]
