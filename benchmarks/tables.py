@@ -389,6 +389,14 @@ def cost(path: Path, values: dict[str, Any]) -> str:
             + [f"{100 * row['of_forward_backward'][k]:.3f} ({100 * row['of_sgd'][k]:.1f})" for k in arms]
             for row in rows
         ]
+    elif "kernels" in rows[0]:
+        said += " Milliseconds of one core that a decay adds to a step, where tensors are so small that arithmetic is nothing."
+        row = rows[0]
+        head = ["a step of", "ms", "kernels", "copies to or from the device"]
+        cells = [
+            [part.replace("_", " "), f"{1000 * s:.3f}", str(row["kernels"][part]), str(row["copies"][part])]
+            for part, s in row["seconds"].items()
+        ]
     elif "kind" in rows[0]:
         said += " Seconds of one core; GB of the whole process."
         seconds = dict.fromkeys(name for row in rows for name in row.get("seconds", {}))
@@ -460,7 +468,9 @@ def pages(root: Path) -> dict[Path, str]:
     joint = {path: values for path, values in files.items() if path.name.startswith("together-")}
     networks = {path: values for path, values in files.items() if path.stem in ("coverage", "fuzz")}
     versions = {path: values for path, values in files.items() if path.stem == "matrix"}
-    elsewhere = {path for path in files if path.stem in ("transformers", "int8-example")}  # on pages of their own
+    elsewhere = {
+        path for path in files if path.stem in ("transformers", "int8-example")
+    }  # on pages of their own
     others = {*found, *searches, *diagnoses, *reasons, *joint, *networks, *versions, *elsewhere}
     costs = {path: values for path, values in files.items() if path not in others}
     parts = [HEAD, "## Comparisons", *(comparison(*each) for each in {**final, **found}.items())]
