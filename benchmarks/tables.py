@@ -390,7 +390,7 @@ def cost(path: Path, values: dict[str, Any]) -> str:
             for row in rows
         ]
     elif "kernels" in rows[0]:
-        said += " Milliseconds of one core that a decay adds to a step, where tensors are so small that arithmetic is nothing."
+        said += " Milliseconds of one core that a decay adds to a step; arithmetic is next to nothing here."
         row = rows[0]
         head = ["a step of", "ms", "kernels", "copies to or from the device"]
         cells = [
