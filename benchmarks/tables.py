@@ -441,6 +441,8 @@ def used(root: Path, files: dict[Path, dict[str, Any]]) -> str:
 
 def _changes(now: dict[str, Any], then: dict[str, Any]) -> str:
     """Which settings of a result are not those of the recipe as it is now."""
+    if then["prune"]["host"].get("round_to") == 1:  # the default of its time, and still what it is for MACs
+        then = {**then, "prune": {**then["prune"], "host": {**then["prune"]["host"], "round_to": None}}}
     rectify = then["prune"].get("rectify")
     if rectify and "margin" not in rectify and rectify.get("t_rate") is rectify.get("t_len") is None:
         rectify = {**rectify, "criterion": rectify["criterion"] or "first_order"}  # the default of its time
