@@ -84,9 +84,10 @@ def test_the_zoo(name: str) -> None:
     small["resnet50"] = {"stem": "cifar"}
     options = small.get(name, {})
     torch.manual_seed(0)
-    channels = 1 if name == "resnet-digits" else 3
+    digits = name.endswith("-digits")
+    channels, size = (1, 8) if name == "vit-digits" else (1 if digits else 3, options.get("size", 32))
     model = build(name, classes=10, channels=channels, **options)
-    x = image(2, channels, options.get("size", 32), options.get("size", 32))
+    x = image(2, channels, size, size)
     structures = Graph(lively(model), x).structures
     reasons = structures.unprunable.values()
     own = [r for r in reasons if not r.startswith(("shares its width with", "is part of attention"))]

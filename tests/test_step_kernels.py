@@ -20,7 +20,7 @@ def kernels(rectify, *, start=0, layers=6):
     torch.manual_seed(0)
     parts = [layer for _ in range(layers) for layer in (nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU())]
     model, x = nn.Sequential(*parts, nn.Flatten(), nn.Linear(8, 2)), torch.randn(4, 8, 1, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
     pruner = Pruner(
         model,
         x,

@@ -376,7 +376,7 @@ class Pruner:
         """Whether there is nothing to do in this step: nothing to pick yet or any more, for a host that only picks."""
         if not self._picker.rests or self._waiting or self.engine.step - self._attached_at < 3:
             return False
-        return self.engine.step < self._due or self._goal(1.0).met(self._costs.now)
+        return self.engine.step < self._due or (self._goal(1.0).met(self._costs.now) and self._met(self._goal(1.0)))
 
     def before_step(self) -> None:
         """Pick, when it is time; hosts that time themselves pick in `moved`."""
@@ -655,7 +655,7 @@ class Pruner:
     def _check_parameters(self) -> None:
         """The model still has the parameters that the pruner was built with."""
         for names, leaf, thing, name in self._links:
-            if names.get(leaf) is not thing:
+            if leaf not in names or names[leaf] is not thing:
                 raise ConfigError(
                     f"{name!r} is not what it was when the pruner was built (a layer or weight was replaced, or the "
                     "model moved in a way that makes new ones): build another pruner"

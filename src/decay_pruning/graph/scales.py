@@ -235,7 +235,8 @@ def _break(stage: Stage, why: str) -> None:
 
 def _is_square(op: Op, inputs: Sequence[Value]) -> bool:
     if op.name == "pow":
-        return len(inputs) == 1 and op["exponent"] == 2
+        exponent = op["exponent"]
+        return len(inputs) == 1 and isinstance(exponent, int | float) and exponent == 2
     return op.name == "square" or (op.name == "mul" and len(inputs) == 2 and op.inputs[0] is op.inputs[1])
 
 
