@@ -376,7 +376,9 @@ class Pruner:
         """Whether there is nothing to do in this step: nothing to pick yet or any more, for a host that only picks."""
         if not self._picker.rests or self._waiting or self.engine.step - self._attached_at < 3:
             return False
-        return self.engine.step < self._due or (self._goal(1.0).met(self._costs.now) and self._met(self._goal(1.0)))
+        return self.engine.step < self._due or (
+            self._goal(1.0).met(self._costs.now) and self._met(self._goal(1.0))
+        )
 
     def before_step(self) -> None:
         """Pick, when it is time; hosts that time themselves pick in `moved`."""

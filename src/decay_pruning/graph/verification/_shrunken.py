@@ -9,13 +9,15 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from decay_pruning import proof, surgery
+from decay_pruning.folds import Scaled
 from decay_pruning.structures import Picks, StructureSet
 
 log = logging.getLogger(__name__)
@@ -44,7 +46,8 @@ class Twin:
 def twin(model: nn.Module, structures: StructureSet, example_inputs: Any) -> Twin | str:
     """The twin of a model, or why there is none, in words."""
     last = "nothing in it can be made smaller"
-    for kept in (_KEPT, (8,)):
+    # In double precision, so that no depth makes noise of rounding; where the code wants its own dtype, in that.
+    for kept, wide in ((_KEPT, True), (_KEPT, False), ((8,), True), ((8,), False)):
         picks = _all_but(structures, kept)
         small = copied(model, without_value)
         try:
@@ -52,15 +55,27 @@ def twin(model: nn.Module, structures: StructureSet, example_inputs: Any) -> Twi
             size = sum(p.numel() for p in small.parameters())
             if size > _LARGEST:
                 return f"even the smallest twin of it has {size:,} parameters"
-            full = copied(small, _Filled())
-            inputs = proof.mapped(example_inputs, _input)
+            full = copied(small, _Filled(wide))
+            inputs = proof.mapped(example_inputs, partial(_input, wide=wide))
             proof.observe(full, inputs)
         except Exception as error:
             last = f"a small twin of it does not run ({proof.first_line(error)})"
             log.debug("no shrunken twin: %s", last, exc_info=True)
             continue
-        return Twin(full, structures.without(picks), inputs)
+        left = structures.without(picks)
+        return Twin(full, _in_double(left) if wide else left, inputs)
     return last
+
+
+def _in_double(structures: StructureSet) -> StructureSet:
+    """With what the model takes in double precision where no ε is given."""
+    epsilon = torch.finfo(torch.float64).eps
+
+    def scaled(each: Scaled) -> Scaled:
+        return each if each.value is None else replace(each, value=epsilon)
+
+    folds = tuple(replace(fold, scaled=tuple(map(scaled, fold.scaled))) for fold in structures.folds)
+    return replace(structures, folds=folds)
 
 
 def copied(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
@@ -103,12 +118,12 @@ def without_value(tensor: Tensor) -> Tensor:
 class _Filled:
     """Random values in the place of none: of a size at which signals neither die nor explode, none of them zero."""
 
-    def __init__(self) -> None:
-        self._generator = torch.Generator().manual_seed(0)
+    def __init__(self, wide: bool) -> None:
+        self._generator, self._wide = torch.Generator().manual_seed(0), wide
 
     def __call__(self, tensor: Tensor) -> Tensor:
         if not tensor.is_meta:
-            return tensor.detach().clone()
+            return _as_wide(tensor, self._wide).detach().clone()
         new = torch.empty(tensor.shape)
         if not tensor.is_floating_point():
             return torch.full(tensor.shape, tensor.dtype == torch.bool, dtype=tensor.dtype)
@@ -116,13 +131,17 @@ class _Filled:
             new.normal_(0, (new[0].numel() or 1) ** -0.5, generator=self._generator)
         else:  # norms, biases, running variances
             new.uniform_(0.5, 1.5, generator=self._generator)
-        return new.to(tensor.dtype)
+        return new.to(torch.float64 if self._wide else tensor.dtype)
 
 
-def _input(tensor: Tensor) -> Tensor:
+def _as_wide(tensor: Tensor, wide: bool) -> Tensor:
+    return tensor.double() if wide and tensor.is_floating_point() else tensor
+
+
+def _input(tensor: Tensor, wide: bool) -> Tensor:
     if not tensor.is_meta:
-        return tensor
+        return _as_wide(tensor, wide)
     generator = torch.Generator().manual_seed(0)
     if tensor.is_floating_point():
-        return torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
+        return torch.randn(tensor.shape, generator=generator).to(torch.float64 if wide else tensor.dtype)
     return torch.randint(0, 2, tensor.shape, generator=generator).to(tensor.dtype)
