@@ -263,7 +263,7 @@ def page(values: dict[str, Any]) -> str:
     notes: dict[str, int] = {}
 
     def note(text: str) -> str:
-        return f"[{notes.setdefault(text, len(notes) + 1)}]"
+        return f"({notes.setdefault(text, len(notes) + 1)})"
 
     kinds = KINDS[:-1]
     lines = [f"| model | {' | '.join(kinds)} | left % | difference | generate() |"]
