@@ -8,6 +8,7 @@ the dimensions that change are the places that the number names.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -215,6 +216,49 @@ def fitted(model: nn.Module) -> Any:
         elif (value := next(iter(left.values()))) != number.value:
             values[number.name] = value
     return _of_layers(sizes, values, uneven, mine) if uneven else _proven(sizes, values, mine)
+
+
+def with_scales(model: nn.Module, config: Any) -> Any:
+    """The config with what removals have multiplied on modules (ε of a norm), where one number of it says it all."""
+    changed: dict[str, list[tuple[float, float]]] = {}  # name of the attribute → values before and now
+    for (name, _), factor in surgery.history(model).factors.items():
+        owner, leaf = surgery.parent(model, name)
+        now = getattr(owner, leaf, None)
+        if isinstance(now, float):
+            changed.setdefault(leaf, []).append((now / float(factor.values[0]), now))
+    for leaf, pairs in changed.items():
+        before, now = pairs[0]
+        alike = all(math.isclose(b, before) and math.isclose(n, now) for b, n in pairs)
+        numbers = [key for key, value in vars(config).items() if _is(value, before)]
+        if alike and len(numbers) == 1 and not any(_is(vars(m).get(leaf), before) for m in model.modules()):
+            setattr(config, numbers[0], now)
+    return config
+
+
+def told_apart(model: nn.Module, structures: StructureSet) -> set[str]:
+    """Layer groups whose removal changes a number of a module that others have, too, and keep: no config says both."""
+    found = set()
+    for name, group in structures.groups.items():
+        places = {c.place for c in group.couplings}
+        mine = {
+            each.tensor
+            for fold in structures.folds
+            if fold.place in places
+            for each in fold.scaled
+            if each.value is not None
+        }
+        for number in mine:
+            owner, leaf = surgery.parent(model, number)
+            value = getattr(owner, leaf, None)
+            others = (f"{path}.{leaf}" for path, m in model.named_modules() if _is(vars(m).get(leaf), value))
+            if any(other not in mine for other in others):
+                found.add(name)
+                break
+    return found
+
+
+def _is(value: Any, number: Any) -> bool:
+    return isinstance(value, float) and isinstance(number, float) and math.isclose(value, number)
 
 
 def _left(sizes: Sizes, number: Number, place: Place, mine: Shapes, past: surgery.History) -> int:

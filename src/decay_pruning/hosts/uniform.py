@@ -62,7 +62,8 @@ def kinds(model: nn.Module, structures: StructureSet, round_to: int = 1) -> Kind
         return _by_name(structures, round_to)
     if sizes.shapes != {name: tuple(p.shape) for name, p in model.named_parameters()}:
         return _by_name(structures, round_to)  # it is no longer what its config says
-    named = configs.kinds(sizes, structures)
+    apart = configs.told_apart(model, structures)
+    named = {name: units for name, units in configs.kinds(sizes, structures).items() if name not in apart}
     of = {name: " and ".join(sorted(units)) for name, units in named.items()}
     units = {of[name]: each for name, each in named.items()}
 

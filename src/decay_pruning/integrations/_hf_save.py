@@ -72,7 +72,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], example_inputs: Any =
             f"save takes a model of Transformers, not {type(model).__name__}; see decay_pruning.save"
         )
     try:
-        config = configs.fitted(model)
+        config = configs.with_scales(model, configs.fitted(model))
     except ValueError as error:
         raise ConfigError(
             f"stock {type(model).__name__} cannot load this model: {error}. Prune with DepGraph(uniform=True), which "
@@ -160,7 +160,8 @@ def _proven(
     if max((relative for _, relative in differences), default=0.0) > _ROUNDING:
         raise ManifestError(
             f"stock {name} loads the pruned model, but its outputs differ by {worst:.3g}: it computes with a number "
-            "of its config beside the shapes (a scale, for example), which pruning has changed"
+            "of its config beside the shapes (a scale, for example), which pruning has changed. Keep that width: the "
+            "width of the model itself stays with DepGraph(ignored=[…]) that names its embedding"
         )
     return worst
 
