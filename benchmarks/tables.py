@@ -367,7 +367,11 @@ def cost(path: Path, values: dict[str, Any]) -> str:
         cells = [[part, f"{s:.4f}", f"{share[part]:.2f}"] for part, s in row["seconds"].items()]
     elif "ratio" in rows[0]:
         said += " Shares of forward + backward, in percent."
-        parts = {"SP": "sp", "SP + SR": "sp_sr", "idle": "idle", "torch-pruning's regulariser": "peer"}
+        names = {"SP": "sp", "SP + SR": "sp_sr", "SR by exchange, observed": "exchange", "idle": "idle"}
+        names["torch-pruning's regulariser"] = "peer"
+        parts = {
+            title: k for title, k in names.items() if k != "exchange" or any(k in r["ratio"] for r in rows)
+        }
         head = ["", "forward + backward, s", *parts]
         cells = [
             [f"{row['model']}, {'×'.join(map(str, row['input']))}", f"{row['forward_backward_s']:.3g}"]
