@@ -475,7 +475,7 @@ def pages(root: Path) -> dict[Path, str]:
     networks = {path: values for path, values in files.items() if path.stem in ("coverage", "fuzz")}
     versions = {path: values for path, values in files.items() if path.stem == "matrix"}
     elsewhere = {
-        path for path in files if path.stem in ("transformers", "int8-example")
+        path for path in files if path.stem in ("transformers", "int8-example", "speedup-cpu")
     }  # on pages of their own
     others = {*found, *searches, *diagnoses, *reasons, *joint, *networks, *versions, *elsewhere}
     costs = {path: values for path, values in files.items() if path not in others}
