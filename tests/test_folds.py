@@ -348,6 +348,9 @@ def test_a_file_and_a_copy_follow(norm: str, tmp_path: Path) -> None:
     late, later = copy.deepcopy(fresh), copy.deepcopy(fresh)
     prune_like(late, model)
     prune_like(later, loaded)
+    bare = fresh.state_dict()
+    prune_like(bare, model)
+    assert all(torch.equal(bare[name], tensor) for name, tensor in late.state_dict().items())
     for a, b in zip(late.parameters(), later.parameters(), strict=True):
         assert torch.equal(a, b)
     assert epsilons(late) == epsilons(later) == epsilons(model)

@@ -380,3 +380,10 @@ def test_every_product_is_a_work_that_can_be_done_alone(model, x, macs):
         elif use.work.kind != "elements":
             counted += use.times * measure(Does(doing(use.work, CPU)), x).macs
     assert counted == macs
+
+
+def test_times_are_agreed_upon_by_all_processes():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ConfigError, match="a latency target takes all processes"):
+        Pruner(model, torch.randn(1, 4), optimizer, Target(latency=0.5), total_steps=3, group=object())

@@ -106,6 +106,10 @@ class Pruner:
     ) -> None:
         trained = self.model = unwrapped(checked(model, nn.Module, "model"))
         self.target = as_target(target)
+        if group is not None and self.target.of == "latency":  # times are agreed upon by all that there are
+            raise ConfigError(
+                "a latency target takes all processes: leave group out, or give a target of MACs, parameters or memory"
+            )
         self.host = as_host(host)
         self.smooth: SmoothPruning = checked(smooth, _Smooth, "smooth") or SmoothPruning()
         self.rectify: SelfRectifying | None = checked(rectify, _Rectify, "rectify")
